@@ -1,0 +1,61 @@
+# Every target does its own set-up: `make demo` and `make test` work on a fresh machine.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DECLARED := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test lint bench solo soak image format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not ((3, 11) <= v <= (3, 13)) and f"needs Python 3.11 to 3.13, not {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Two sets: what a user needs, and what a developer adds.
+$(VENV)/.installed: $(DECLARED) | $(VENV)/bin/python
+	$(PIP) install --quiet -c constraints.txt -e '.[service,cluster,postgres]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[service,cluster,postgres,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## train Fig. 4a (SGD) on DIGITS through the service: out/fig4a-sgd.png
+	$(BIN)/python examples/demo.py --out out
+
+serve: $(VENV)/.installed ## start the service on this machine
+	$(BIN)/ddpsweep serve
+
+test: lint ## lint, types, import contracts and all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.installed-dev ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed ## time packs against plain PyTorch loops, both in one run
+	$(BIN)/python -m benchmarks.pack
+
+solo: $(VENV)/.installed ## train the 200 runs of Fig. 4a packed and one at a time, compare every bit (minutes)
+	$(BIN)/python -m benchmarks.solo
+
+soak: $(VENV)/.installed ## run sweeps for SOAK_MINUTES (10), killing the dispatcher now and then
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(SOAK_MINUTES),10)
+
+image: ## build every stage of the Dockerfile and try the images out
+	deploy/image
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

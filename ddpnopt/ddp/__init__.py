@@ -1,0 +1,1 @@
+"""The Bellman sweep: `backward` makes the feedback policy, `forward` rolls it out."""

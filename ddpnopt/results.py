@@ -1,0 +1,90 @@
+"""What training yields. Plain values and numpy arrays; importable without torch.
+
+Metrics, all over the whole set in question, by the weights after the named step:
+`train_loss` and `train_accuracy` (%) over the training set, `test_loss` and `accuracy` (%) over the
+test set. Baseline and partner are measured by the same code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+METRICS: Final = ("train_loss", "train_accuracy", "test_loss", "accuracy")
+
+RunState = Literal["completed", "diverged"]
+NonFinite = Literal["nan", "+inf", "-inf"]
+
+
+def non_finite_kind(value: float) -> NonFinite:
+    """Name a value that is not finite."""
+    if np.isnan(value):
+        return "nan"
+    return "+inf" if value > 0 else "-inf"
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a run left the finite numbers.
+
+    Attributes:
+        step: the update (counted from 1) whose forward pass or result was not finite.
+        quantity: what was not finite: `batch_loss`, `weights` or the name of a metric.
+        kind: how it was not finite.
+        last_finite: the quantity's last finite value before; None if it never had one.
+    """
+
+    step: int
+    quantity: str
+    kind: NonFinite
+    last_finite: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The outcome of one run.
+
+    Attributes:
+        index: the run's place in the sequence that was handed to the engine.
+        steps: updates done.
+        metrics: final value of every name in `METRICS`; empty if the run diverged.
+        curve_steps: (P,) int64, the steps at which the curves were taken.
+        curves: name to (P,) float32, for every name in `METRICS`.
+        weights_digest: SHA-256 of the final weights' bytes, layer by layer, in hexadecimal.
+        divergence: set if and only if the run diverged.
+    """
+
+    index: int
+    steps: int
+    metrics: dict[str, float]
+    curve_steps: NDArray[np.int64]
+    curves: dict[str, NDArray[np.float32]]
+    weights_digest: str
+    divergence: Divergence | None = None
+
+    @property
+    def state(self) -> RunState:
+        """`diverged` or `completed`."""
+        return "completed" if self.divergence is None else "diverged"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A pack's state: `active` members have done `step` of `steps` updates."""
+
+    step: int
+    steps: int
+    active: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a pack: one result per run, in the order of the runs."""
+
+    results: tuple[RunResult, ...]
+
+
+EngineEvent: TypeAlias = Progress | Finished

@@ -1,0 +1,88 @@
+"""The API: builds the application out of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from fastapi import FastAPI
+from sqlalchemy import select
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from service import __version__
+from service.config import Settings
+from service.dashboard import pages
+from service.db import schema
+from service.db.engine import open_engine
+from service.http import Reading, install_handlers
+from service.results import endpoints as results
+from service.sweeps import endpoints as sweeps
+from service.sweeps.spec import SweepSpec
+
+LOCAL_HOSTS: Final = ["127.0.0.1", "localhost", "[::1]", "testserver"]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application.
+
+    Args:
+        settings: from the environment if not given.
+
+    Raises:
+        SetupError: if the database cannot be used.
+    """
+    settings = settings or Settings()
+    engine = open_engine(settings.resolved_database_url())
+    schema.check(engine)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.dispose()
+
+    app = FastAPI(
+        title="DDPSweep",
+        version=__version__,
+        summary="Does DDPNOpt's feedback help, where, and how surely?",
+        lifespan=lifespan,
+    )
+    app.state.engine = engine
+    if not settings.allow_unauthenticated:
+        # Without authentication, a page elsewhere must not reach this server under a name of its own.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    install_handlers(app)
+    for router in (sweeps.router, results.router, pages.router):
+        app.include_router(router)
+    pages.mount_static(app)
+    app.add_api_route("/healthz", _healthz, tags=["health"])
+    app.add_api_route("/readyz", _readyz, tags=["health"])
+    _publish_spec(app)
+    return app
+
+
+def _healthz() -> dict[str, str]:
+    """Say that the process answers."""
+    return {"status": "ok", "version": __version__}
+
+
+def _readyz(connection: Reading) -> dict[str, str]:
+    """Say that the database answers; 503 if not."""
+    connection.execute(select(1))
+    return {"status": "ready"}
+
+
+def _publish_spec(app: FastAPI) -> None:
+    """Put the spec's schema into the OpenAPI document; its endpoints read the body themselves."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        if "SweepSpec" not in schemas:
+            spec = SweepSpec.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(spec.pop("$defs"))
+            schemas["SweepSpec"] = spec
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

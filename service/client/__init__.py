@@ -1,0 +1,152 @@
+"""A client of the REST API.
+
+DDPSweepClientError
+├── CannotConnect     no server answers at the URL
+└── Refused           the server answered with a problem document
+    └── InvalidInput  422: what was sent is not allowed
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Final, Self
+
+import httpx
+
+from service.results.statistics import Heatmap
+
+TRIES: Final = 3
+OVER: Final = frozenset({"completed", "failed"})
+
+
+class DDPSweepClientError(Exception):
+    """Base of what the client raises."""
+
+
+class CannotConnect(DDPSweepClientError):  # noqa: N818 - reads better in an except clause
+    """No server answers at the URL."""
+
+
+class Refused(DDPSweepClientError):  # noqa: N818
+    """The server answered with a problem document.
+
+    Attributes:
+        problem: the document (RFC 9457).
+    """
+
+    def __init__(self, problem: dict[str, Any]) -> None:
+        super().__init__(problem.get("detail") or problem.get("title") or "refused")
+        self.problem = problem
+
+
+class InvalidInput(Refused):
+    """What was sent is not allowed."""
+
+
+class Client:
+    """Speaks to one server.
+
+    Args:
+        url: of the server, such as http://127.0.0.1:8321.
+        transport: replaces the network, so that tests reach an application in this process.
+    """
+
+    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=self.url, transport=transport, timeout=60.0, headers={"Accept": "application/json"}
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def validate(self, spec: bytes, content_type: str = "application/yaml") -> dict[str, Any]:
+        """Check a spec and return what it comes to."""
+        return self._post("/api/v1/sweeps/validate", spec, {"Content-Type": content_type})
+
+    def submit(self, spec: bytes, content_type: str = "application/yaml") -> dict[str, Any]:
+        """Submit a spec once, even if an answer gets lost and the request is repeated; return the sweep."""
+        headers = {"Content-Type": content_type, "Idempotency-Key": uuid.uuid4().hex}
+        return self._post("/api/v1/sweeps", spec, headers)
+
+    def sweeps(self, limit: int = 50) -> list[dict[str, Any]]:
+        """List the newest sweeps."""
+        answer: list[dict[str, Any]] = self._get("/api/v1/sweeps", limit=limit)["sweeps"]
+        return answer
+
+    def sweep(self, sweep_id: str) -> dict[str, Any]:
+        """Return one sweep."""
+        return self._get(f"/api/v1/sweeps/{sweep_id}")
+
+    def heatmap_json(self, sweep_id: str, **query: Any) -> dict[str, Any]:
+        """Return a panel as the API answers it; query: metric, baseline, grid."""
+        return self._get(f"/api/v1/sweeps/{sweep_id}/heatmap", **query)
+
+    def heatmap(self, sweep_id: str, **query: Any) -> Heatmap:
+        """Return a panel."""
+        return Heatmap.from_json(self.heatmap_json(sweep_id, **query))
+
+    def runs(self, sweep_id: str) -> Iterator[dict[str, Any]]:
+        """Yield every run of a sweep, page by page."""
+        after: int | None = 0
+        while after is not None:
+            page = self._get(f"/api/v1/sweeps/{sweep_id}/runs", after=after, limit=1000)
+            yield from page["runs"]
+            after = page["next"]
+
+    def watch(self, sweep_id: str, period: float = 0.5) -> Iterator[dict[str, Any]]:
+        """Yield the sweep again and again until it is over."""
+        while True:
+            sweep = self.sweep(sweep_id)
+            yield sweep
+            if sweep["state"] in OVER:
+                return
+            time.sleep(period)
+
+    def ready(self) -> bool:
+        """Tell whether the server and its database answer."""
+        try:
+            return self._http.get("/readyz").status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def _get(self, path: str, **query: Any) -> dict[str, Any]:
+        given = {name: value for name, value in query.items() if value is not None}
+        return self._send(self._http.build_request("GET", path, params=given))
+
+    def _post(self, path: str, content: bytes, headers: dict[str, str]) -> dict[str, Any]:
+        return self._send(self._http.build_request("POST", path, content=content, headers=headers))
+
+    def _send(self, request: httpx.Request) -> dict[str, Any]:
+        for attempt in range(1, TRIES + 1):
+            try:
+                response = self._http.send(request)
+            except httpx.TransportError as error:
+                if attempt == TRIES:
+                    raise CannotConnect(
+                        f"no server answers at {self.url} ({type(error).__name__})"
+                    ) from error
+            else:
+                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE or attempt == TRIES:
+                    return _answer(response)
+            time.sleep(0.3 * attempt)
+        raise AssertionError("unreachable")
+
+
+def _answer(response: httpx.Response) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = response.json()
+    except ValueError:
+        document = {"title": f"HTTP {response.status_code}, not JSON: is this a ddpsweep server?"}
+        raise Refused(document) from None
+    if response.is_success:
+        return document
+    raise (InvalidInput if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY else Refused)(document)

@@ -1,0 +1,80 @@
+"""Settings, all from the environment (`DDPSWEEP_…`)."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Final
+
+from platformdirs import user_data_path
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import SetupError
+
+DEFAULT_PORT: Final = 8321
+MAX_BODY_BYTES: Final = 4 * 2**20
+
+
+class Settings(BaseSettings):
+    """What an operator can set.
+
+    Attributes:
+        url: where the client finds the service.
+        home: folder of the embedded database and of the logs.
+        database_url: SQLAlchemy URL; the default is SQLite in `home`.
+        ray_address: of a Ray cluster to join; unset starts a private one.
+        slots: packs at once on a private Ray; unset takes every CPU.
+        allow_unauthenticated: lets the server listen beyond loopback although anyone who reaches it may
+            use it; for a trusted proxy or a container network in front.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DDPSWEEP_", extra="ignore")
+
+    url: str = f"http://127.0.0.1:{DEFAULT_PORT}"
+    home: Path = Field(default_factory=lambda: user_data_path("ddpsweep"))
+    database_url: SecretStr | None = None
+    ray_address: str | None = None
+    slots: int | None = Field(default=None, ge=1, le=10_000)
+    allow_unauthenticated: bool = False
+
+    def resolved_database_url(self) -> str:
+        """Return the database's URL with its password in it: for the engine, never for a log."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.home.expanduser().resolve() / 'ddpsweep.db'}"
+
+    def make_home(self) -> Path:
+        """Create the home folder, readable by this user alone.
+
+        Raises:
+            SetupError: if it cannot be created or written.
+        """
+        home = self.home.expanduser()
+        try:
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = home / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise SetupError(f"DDPSWEEP_HOME {home} cannot be written: {error.strerror or error}") from error
+        return home
+
+
+def check_host(host: str, settings: Settings) -> None:
+    """Refuse to listen where strangers could use the service without authentication.
+
+    Raises:
+        SetupError: if the host is not a loopback address.
+    """
+    if settings.allow_unauthenticated or host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise SetupError(
+            f"--host {host}: there is no authentication, so the server listens on loopback only "
+            "(127.0.0.1, ::1); DDPSWEEP_ALLOW_UNAUTHENTICATED=1 says that something in front protects it"
+        )

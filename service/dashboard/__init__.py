@@ -1,0 +1,1 @@
+"""The dashboard: pages rendered here, refreshed by one small script, heatmaps by plotly."""

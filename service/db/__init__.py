@@ -1,0 +1,1 @@
+"""SQL: tables, engine and clock, migrations. Queries live beside what they serve."""

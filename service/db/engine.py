@@ -1,0 +1,121 @@
+"""Engines, transactions and the database's clock. The one place that knows SQLite from PostgreSQL."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Connection, Engine, Select, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
+from sqlalchemy.types import Double
+
+from service.errors import SetupError
+
+BUSY_TIMEOUT_S: Final = 30
+WRITER: Final = "ddpsweep_writer"
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class clock(GenericFunction[float]):  # noqa: N801 - named as it reads in a query
+    """The database's own clock, in seconds since 1970: it moves on within a transaction."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(clock, "sqlite")
+def _sqlite_clock(element: clock, compiler: Any, **kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(clock, "postgresql")
+def _postgresql_clock(element: clock, compiler: Any, **kw: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+def sqlite_module() -> Any:
+    """Return the newest SQLite at hand.
+
+    Distributions ship versions with a bug that can corrupt a write-ahead log (mended in 3.51.3);
+    `pysqlite3` bundles its own.
+    """
+    import sqlite3
+
+    try:
+        bundled = importlib.import_module("pysqlite3.dbapi2")
+    except ImportError:
+        return sqlite3
+    return bundled if bundled.sqlite_version_info >= sqlite3.sqlite_version_info else sqlite3
+
+
+def open_engine(url: str) -> Engine:
+    """Return an engine for SQLite or PostgreSQL.
+
+    Raises:
+        SetupError: if the URL is neither or its driver is missing.
+    """
+    try:
+        backend = make_url(url).get_backend_name()
+        if backend == "sqlite":
+            return _sqlite_engine(url)
+        if backend == "postgresql":
+            return create_engine(url, pool_pre_ping=True)
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise SetupError(f"DDPSWEEP_DATABASE_URL cannot be used: {type(error).__name__}: {error}") from error
+    raise SetupError(f"DDPSWEEP_DATABASE_URL: got a {backend} URL; allowed: sqlite:///…, postgresql://…")
+
+
+def _sqlite_engine(url: str) -> Engine:
+    engine = create_engine(url, module=sqlite_module(), connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # the driver begins nothing; the listener below does
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A deferred transaction that reads and then writes fails at once when another wrote in between,
+        # whatever the busy timeout.
+        writes = connection.get_execution_options().get(WRITER, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+@contextmanager
+def write(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction that may write; commits at the end, rolls back on an exception."""
+    with engine.connect().execution_options(**{WRITER: True}) as connection, connection.begin():
+        yield connection
+
+
+@contextmanager
+def read(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction that only reads."""
+    with engine.connect() as connection, connection.begin():
+        yield connection
+
+
+def columns(connection: Connection, query: Select[K, V]) -> dict[K, V]:
+    """Return a query of two columns as a dictionary from the first to the second."""
+    return {key: value for key, value in connection.execute(query)}  # noqa: C416 - for its types
+
+
+def is_transient(error: DBAPIError) -> bool:
+    """Tell whether the same statement may succeed later: a lost connection, a locked or full database."""
+    text = str(error.orig).lower()
+    return error.connection_invalidated or any(
+        word in text
+        for word in ("locked", "busy", "disk is full", "connection", "terminating", "starting up")
+    )

@@ -1,0 +1,1 @@
+"""Scheduling: states, leases, policy, the loop, and the process that wires in Ray."""

@@ -1,0 +1,55 @@
+"""The dispatcher's process: the only place that wires an executor in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from typing import Final
+
+from service.config import Settings
+from service.db import schema
+from service.db.engine import open_engine
+from service.dispatch.loop import Dispatcher
+from service.errors import SetupError
+
+log = logging.getLogger(__name__)
+
+ROUND_S: Final = 0.5
+
+
+def new_owner() -> str:
+    """Return a name that no other dispatcher has, ever."""
+    return f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def run(settings: Settings, owner: str) -> None:
+    """Dispatch until SIGTERM or SIGINT, then give the packs back.
+
+    Raises:
+        SetupError: if the database or the cluster cannot be used.
+    """
+    stop = threading.Event()
+    engine = open_engine(settings.resolved_database_url())
+    schema.check(engine)
+    # Here and not at the top: importing Ray takes a second and changes signal handlers.
+    from workers.ray_executor import RayExecutor
+
+    try:
+        executor = RayExecutor(settings.ray_address, settings.slots)
+    except (ConnectionError, RuntimeError) as error:
+        raise SetupError(f"no Ray at {settings.ray_address or 'this machine'}: {error}") from error
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    log.info("dispatcher %s: %d packs at once", owner, executor.slots)
+    dispatcher = Dispatcher(engine, executor, owner)
+    try:
+        while not stop.is_set():
+            dispatcher.step(ROUND_S)
+    finally:
+        dispatcher.close()
+        executor.close()
+        engine.dispose()

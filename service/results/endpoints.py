@@ -1,0 +1,59 @@
+"""REST of results."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Query
+
+from service.http import Reading
+from service.results import queries
+from service.results.schemas import CurveOut, CurvesOut, HeatmapOut, RunOut, RunPage
+
+router = APIRouter(prefix="/api/v1/sweeps/{sweep_id}", tags=["results"])
+
+MAX_RUNS: Final = 1000
+MAX_CURVES: Final = 2000
+
+Metric = Annotated[str, Query(max_length=32, description="train_loss, train_accuracy, test_loss or accuracy")]
+Baseline = Annotated[str | None, Query(max_length=32)]
+Grid = Annotated[int | None, Query(description="position of the grid in the spec, from 0")]
+
+
+@router.get("/runs")
+def list_runs(
+    sweep_id: str,
+    connection: Reading,
+    limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 200,
+    after: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+) -> RunPage:
+    """List a sweep's runs with their state and results."""
+    rows = queries.run_page(connection, sweep_id, after, limit + 1)
+    page = [RunOut(**row) for row in rows[:limit]]
+    return RunPage(runs=page, next=page[-1].id if len(rows) > limit else None)
+
+
+@router.get("/heatmap")
+def get_heatmap(
+    sweep_id: str,
+    connection: Reading,
+    metric: Metric = "train_loss",
+    baseline: Baseline = None,
+    grid: Grid = None,
+) -> HeatmapOut:
+    """Compare DDPNOpt with its baseline in every cell, from the results that are there."""
+    return HeatmapOut.model_validate(queries.heatmap(connection, sweep_id, metric, baseline, grid))
+
+
+@router.get("/curves")
+def get_curves(
+    sweep_id: str,
+    connection: Reading,
+    metric: Metric = "train_loss",
+    baseline: Baseline = None,
+    grid: Grid = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_CURVES)] = MAX_CURVES,
+) -> CurvesOut:
+    """Return the metric over the steps of every run of a grid that has ended."""
+    found = queries.curve_list(connection, sweep_id, metric, baseline, grid, limit)
+    return CurvesOut(sweep_id=sweep_id, metric=metric, curves=[CurveOut.model_validate(c) for c in found])

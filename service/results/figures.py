@@ -1,0 +1,115 @@
+"""The heatmap as a plotly figure (a plain dictionary, for page and export) and as a printed table.
+
+Blue is positive, red negative, symmetric about zero, as in the paper's Fig. 4a. A cell whose interval holds
+zero is set in brackets and pale; a cell with diverged runs says how many.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from service.results.statistics import Cell, CellState, Heatmap
+
+TITLES: Final = {
+    "train_loss": "training loss",
+    "train_accuracy": "training accuracy (percent points)",
+    "test_loss": "test loss",
+    "accuracy": "test accuracy (percent points)",
+}
+BASELINES: Final = {"sgd": "SGD"}
+SURE: Final = frozenset({CellState.BETTER, CellState.WORSE})
+PALE: Final = 0.35
+"""How much of its colour an inconclusive cell keeps."""
+
+
+def title(heatmap: Heatmap) -> str:
+    """Return the panel's heading."""
+    return f"DDPNOpt vs {BASELINES[heatmap.baseline]}: {TITLES[heatmap.metric]}"
+
+
+def largest(heatmap: Heatmap) -> float:
+    """Return the end of the symmetric colour scale."""
+    shown = [abs(cell.improvement) for cell in heatmap.cells if cell.improvement is not None]
+    return max(shown, default=0.0) or 1.0
+
+
+def label(cell: Cell, digits: int) -> str:
+    """Return what is written in a cell: the improvement, in brackets if inconclusive; diverged counts."""
+    lost = f"div {cell.n_diverged_baseline}|{cell.n_diverged_ddpnopt}"
+    diverged = cell.n_diverged_baseline or cell.n_diverged_ddpnopt
+    if cell.improvement is None:
+        return lost if diverged else "·"
+    number = f"{cell.improvement:+.{digits}f}"
+    number = number if cell.state in SURE else f"({number})"
+    return f"{number}\n{lost}" if diverged else number
+
+
+def digits(heatmap: Heatmap) -> int:
+    """Return how many decimals the numbers get."""
+    return 1 if largest(heatmap) >= 10 else 2 if largest(heatmap) >= 0.1 else 4
+
+
+def rows(heatmap: Heatmap) -> list[tuple[float, list[Cell]]]:
+    """Return the cells by learning rate."""
+    width = len(heatmap.vxx_reg)
+    return [
+        (rate, list(heatmap.cells[i * width : (i + 1) * width]))
+        for i, rate in enumerate(heatmap.learning_rate)
+    ]
+
+
+def hover(cell: Cell) -> str:
+    """Return the long form of a cell."""
+    if cell.improvement is None:
+        return f"{cell.state}: {cell.n_ended} pairs ended"
+    interval = "no interval" if cell.ci_low is None else f"95 % [{cell.ci_low:+.4f}, {cell.ci_high:+.4f}]"
+    q_value = "" if cell.q_value is None else f", q = {cell.q_value:.2g}"
+    return (
+        f"{cell.state}: {cell.improvement:+.4f}, {interval}{q_value}<br>"
+        f"baseline {cell.baseline_mean:.4f}, DDPNOpt {cell.ddpnopt_mean:.4f}, n = {cell.n}<br>"
+        f"diverged: baseline {cell.n_diverged_baseline}, DDPNOpt {cell.n_diverged_ddpnopt}"
+    )
+
+
+def plotly_figure(heatmap: Heatmap) -> dict[str, Any]:
+    """Return the figure as plotly's JSON."""
+    by_rate = rows(heatmap)
+    decimals = digits(heatmap)
+
+    def table(of: Any) -> list[list[Any]]:
+        return [[of(cell) for cell in line] for _, line in by_rate]
+
+    def colour(cell: Cell) -> float | None:
+        if cell.improvement is None:
+            return None
+        return cell.improvement * (1.0 if cell.state in SURE else PALE)
+
+    return {
+        "data": [
+            {
+                "type": "heatmap",
+                "z": table(colour),
+                "x": [f"{value:g}" for value in heatmap.vxx_reg],
+                "y": [f"{value:g}" for value in heatmap.learning_rate],
+                "text": table(lambda cell: label(cell, decimals).replace("\n", "<br>")),
+                "texttemplate": "%{text}",
+                "hovertext": table(hover),
+                "hovertemplate": "learning rate %{y}, V_xx reg. %{x}<br>%{hovertext}<extra></extra>",
+                "zmin": -largest(heatmap),
+                "zmax": largest(heatmap),
+                "colorscale": "RdBu",
+                "xgap": 2,
+                "ygap": 2,
+                "colorbar": {"thickness": 12, "outlinewidth": 0},
+            }
+        ],
+        "layout": {
+            "title": {"text": title(heatmap), "font": {"size": 15}},
+            "xaxis": {"title": {"text": "V<sub>xx</sub> regularisation ε"}, "type": "category"},
+            "yaxis": {"title": {"text": "learning rate"}, "type": "category", "autorange": "reversed"},
+            "margin": {"l": 60, "r": 10, "t": 40, "b": 50},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "#f1f1f1",
+            "font": {"family": "system-ui, sans-serif", "size": 13},
+        },
+    }

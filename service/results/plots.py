@@ -1,0 +1,103 @@
+"""The heatmap as PNG, SVG or PDF, in the manner of the paper's Fig. 4a."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from service.results import figures
+from service.results.statistics import Cell, Heatmap
+
+FORMATS: Final = ("png", "svg", "pdf")
+CELL_INCHES: Final = 0.85
+
+
+def save(panels: Sequence[Heatmap], path: Path) -> None:
+    """Draw panels side by side and write them in the format that the path's suffix names.
+
+    Args:
+        panels: at least one.
+        path: ends in .png, .svg or .pdf.
+    """
+    widest = max(len(panel.vxx_reg) for panel in panels)
+    tallest = max(len(panel.learning_rate) for panel in panels)
+    figure = Figure(
+        figsize=(len(panels) * (CELL_INCHES * widest + 1.7), CELL_INCHES * tallest * 0.8 + 1.4),
+        layout="constrained",
+    )
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        _draw(figure, ax, panel)
+    figure.suptitle(f"{panels[0].name}   ({_seeds(panels[0])})", fontsize=11)
+    figure.supxlabel(
+        "positive (blue): DDPNOpt better · in brackets: the 95 % interval holds zero · "
+        "hatched: diverged runs (baseline|DDPNOpt)",
+        fontsize=7,
+        color="0.35",
+    )
+    # A fixed salt and no date: the same numbers give the same file.
+    with mpl.rc_context({"svg.hashsalt": "ddpsweep", "pdf.fonttype": 42}):
+        figure.savefig(path, dpi=160, metadata=_no_date(path))
+
+
+def _no_date(path: Path) -> dict[str, Any]:
+    return {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
+
+
+def _seeds(panel: Heatmap) -> str:
+    ended = {cell.n_ended for cell in panel.cells}
+    return f"{min(ended)}–{max(ended)} pairs a cell" if len(ended) > 1 else f"{max(ended)} pairs a cell"
+
+
+def _draw(figure: Figure, ax: Axes, panel: Heatmap) -> None:
+    end = figures.largest(panel)
+    colours = mpl.colormaps["RdBu"]
+    scale = mpl.colors.Normalize(-end, end)
+    for y, (_, line) in enumerate(figures.rows(panel)):
+        for x, cell in enumerate(line):
+            _draw_cell(ax, x, y, cell, colours, scale, figures.digits(panel))
+    ax.set_xlim(-0.5, len(panel.vxx_reg) - 0.5)
+    ax.set_ylim(len(panel.learning_rate) - 0.5, -0.5)
+    ax.set_xticks(range(len(panel.vxx_reg)), [f"{value:g}" for value in panel.vxx_reg])
+    ax.set_yticks(range(len(panel.learning_rate)), [f"{value:g}" for value in panel.learning_rate])
+    ax.set_xlabel(r"$V_{xx}$ regularisation $\epsilon$")
+    ax.set_ylabel("learning rate")
+    ax.set_title(figures.title(panel), fontsize=10)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    figure.colorbar(mpl.cm.ScalarMappable(scale, colours), ax=ax, fraction=0.05, pad=0.02)
+
+
+def _draw_cell(ax: Axes, x: int, y: int, cell: Cell, colours: Any, scale: Any, digits: int) -> None:
+    diverged = cell.n_diverged_baseline or cell.n_diverged_ddpnopt
+    sure = cell.state in figures.SURE
+    shade = 0.0 if cell.improvement is None else cell.improvement * (1.0 if sure else figures.PALE)
+    face = "0.93" if cell.improvement is None else colours(scale(shade))
+    ax.add_patch(
+        Rectangle(
+            (x - 0.48, y - 0.48),
+            0.96,
+            0.96,
+            facecolor=face,
+            edgecolor="0.45" if diverged else "none",
+            hatch="////" if diverged else None,
+            linewidth=0,
+        )
+    )
+    dark = cell.improvement is not None and abs(scale(shade) - 0.5) > 0.33
+    ax.text(
+        x,
+        y,
+        figures.label(cell, digits),
+        ha="center",
+        va="center",
+        fontsize=9,
+        color="white" if dark else "black",
+        fontweight="normal" if sure else "light",
+    )

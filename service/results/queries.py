@@ -1,0 +1,185 @@
+"""SQL of results: one indexed query for a heatmap, one for a page of runs, one for curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from sqlalchemy import Connection, and_, select
+
+from ddpnopt.results import METRICS
+from service.db.tables import curves, grids, packs, results, runs
+from service.errors import FieldError, InvalidInputError
+from service.results.statistics import Heatmap, Outcome, cells
+from service.sweeps import queries as sweep_queries
+from service.sweeps.documents import shown
+from service.sweeps.spec import SweepSpec
+
+METRIC_COLUMNS: Final = {name: results.c[name] for name in METRICS}
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One run's metric over its steps.
+
+    Attributes:
+        steps: of the points.
+        values: None where a point is not finite.
+    """
+
+    run_id: int
+    method: str
+    learning_rate: float
+    vxx_reg: float | None
+    seed: int
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+
+
+def _refuse(field: str, value: object, allowed: str) -> InvalidInputError:
+    return InvalidInputError([FieldError(field, shown(value), allowed)])
+
+
+def check_metric(metric: str) -> str:
+    """Return the metric's name.
+
+    Raises:
+        InvalidInputError: if there is no such metric.
+    """
+    if metric not in METRIC_COLUMNS:
+        raise _refuse("metric", metric, "one of " + ", ".join(METRICS))
+    return metric
+
+
+def choose_grid(spec: SweepSpec, baseline: str | None, grid: int | None) -> int:
+    """Return the position of the grid that is meant.
+
+    Raises:
+        InvalidInputError: if there is none, or more than one.
+    """
+    if grid is not None and not 0 <= grid < len(spec.grids):
+        raise _refuse("grid", grid, f"a whole number from 0 to {len(spec.grids) - 1}")
+    fitting = [
+        position
+        for position, candidate in enumerate(spec.grids)
+        if grid in (None, position) and baseline in (None, candidate.baseline)
+    ]
+    if not fitting:
+        there = ", ".join(f"{i}: {g.baseline}" for i, g in enumerate(spec.grids))
+        raise _refuse("baseline", baseline, f"the baseline of a grid of this sweep ({there})")
+    if len(fitting) > 1:
+        raise _refuse("grid", grid, "one of " + ", ".join(map(str, fitting)) + ", since several grids fit")
+    return fitting[0]
+
+
+def heatmap(
+    connection: Connection, sweep_id: str, metric: str, baseline: str | None = None, grid: int | None = None
+) -> Heatmap:
+    """Compute a panel from the results that are there.
+
+    Raises:
+        NotFoundError: if there is no such sweep.
+        InvalidInputError: if the metric is unknown or the grid is not one.
+    """
+    column = METRIC_COLUMNS[check_metric(metric)]
+    spec = sweep_queries.spec_of(connection, sweep_id)
+    position = choose_grid(spec, baseline, grid)
+    rows = connection.execute(
+        select(runs.c.learning_rate, runs.c.vxx_reg, runs.c.seed, column)
+        .join(grids, grids.c.id == runs.c.grid_id)
+        .join(results, results.c.run_id == runs.c.id)
+        .where(grids.c.sweep_id == sweep_id, grids.c.position == position)
+    )
+    chosen = spec.grids[position]
+    return Heatmap(
+        sweep_id,
+        spec.name,
+        position,
+        chosen.baseline,
+        metric,
+        tuple(chosen.learning_rate),
+        tuple(chosen.vxx_reg),
+        cells(chosen.learning_rate, chosen.vxx_reg, (Outcome(*row) for row in rows), metric),
+    )
+
+
+def run_page(connection: Connection, sweep_id: str, after: int, limit: int) -> list[dict[str, Any]]:
+    """List runs with their state and results, in order of id, from after the id `after`.
+
+    Raises:
+        NotFoundError: if there is no such sweep.
+    """
+    sweep_queries.spec_of(connection, sweep_id)
+    query = (
+        select(
+            runs.c.id,
+            grids.c.position.label("grid"),
+            grids.c.baseline,
+            runs.c.method,
+            runs.c.learning_rate,
+            runs.c.vxx_reg,
+            runs.c.seed,
+            packs.c.position.label("pack"),
+            packs.c.state.label("pack_state"),
+            results.c.state.label("result_state"),
+            results.c.attempt,
+            results.c.steps,
+            *METRIC_COLUMNS.values(),
+            results.c.diverged_step,
+            results.c.diverged_quantity,
+            results.c.diverged_kind,
+            results.c.last_finite,
+            results.c.weights_digest,
+        )
+        .join(grids, grids.c.id == runs.c.grid_id)
+        .join(packs, packs.c.id == runs.c.pack_id)
+        .outerjoin(results, results.c.run_id == runs.c.id)
+        .where(runs.c.sweep_id == sweep_id, runs.c.id > after)
+        .order_by(runs.c.id)
+        .limit(limit)
+    )
+    page = []
+    for row in connection.execute(query):
+        entry = dict(row._mapping)
+        pack_state = entry.pop("pack_state")
+        entry["state"] = entry.pop("result_state") or pack_state
+        page.append(entry)
+    return page
+
+
+def curve_list(
+    connection: Connection, sweep_id: str, metric: str, baseline: str | None, grid: int | None, limit: int
+) -> list[Curve]:
+    """Return the curves of a grid's runs that have ended, in order of run.
+
+    Raises:
+        NotFoundError: if there is no such sweep.
+        InvalidInputError: if the metric is unknown or the grid is not one.
+    """
+    check_metric(metric)
+    spec = sweep_queries.spec_of(connection, sweep_id)
+    position = choose_grid(spec, baseline, grid)
+    steps = tuple(curve_steps(spec))
+    rows = connection.execute(
+        select(runs.c.id, runs.c.method, runs.c.learning_rate, runs.c.vxx_reg, runs.c.seed, curves.c.points)
+        .join(grids, grids.c.id == runs.c.grid_id)
+        .join(curves, and_(curves.c.run_id == runs.c.id, curves.c.metric == metric))
+        .where(grids.c.sweep_id == sweep_id, grids.c.position == position)
+        .order_by(runs.c.id)
+        .limit(limit)
+    )
+    found = []
+    for run_id, method, learning_rate, vxx_reg, seed, points in rows:
+        values = np.frombuffer(points, dtype="<f4")
+        finite = tuple(float(v) if np.isfinite(v) else None for v in values)
+        found.append(Curve(run_id, method, learning_rate, vxx_reg, seed, steps[: len(finite)], finite))
+    return found
+
+
+def curve_steps(spec: SweepSpec) -> Iterator[int]:
+    """Yield the steps at which a run's metrics are taken: 0, every `eval_every`, and the last."""
+    training = spec.training.resolved()
+    yield from range(0, training.steps, training.eval_every)
+    yield training.steps

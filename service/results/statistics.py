@@ -1,0 +1,201 @@
+"""Paired statistics of one heatmap. Pure: rows in, cells out.
+
+A cell compares the DDPNOpt run with its baseline on each seed. A pair counts where both runs ended with a
+finite metric; diverged runs are counted beside it and never averaged away. The interval is Student's, 95 %,
+over the paired differences; the p-value is that of the paired t-test, and the q-value corrects it over the
+panel's cells (Benjamini & Hochberg 1995).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from typing import Any, Final
+
+import numpy as np
+from scipy import stats
+
+from ddpnopt.results import METRICS
+
+CONFIDENCE: Final = 0.95
+HIGHER_IS_BETTER: Final = frozenset({"accuracy", "train_accuracy"})
+assert set(METRICS) >= HIGHER_IS_BETTER
+
+
+class CellState(StrEnum):
+    """What a cell can honestly be said to show."""
+
+    PENDING = "pending"
+    """Not a single pair has ended."""
+    BETTER = "better"
+    """The whole interval lies above zero: DDPNOpt is better."""
+    WORSE = "worse"
+    """The whole interval lies below zero."""
+    INCONCLUSIVE = "inconclusive"
+    """The interval holds zero, or there are fewer than two pairs or no spread between them."""
+    DIVERGED = "diverged"
+    """Every pair that has ended had a diverged run in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run's part in a heatmap.
+
+    Attributes:
+        vxx_reg: None for a baseline.
+        value: the metric; None if the run diverged.
+    """
+
+    learning_rate: float
+    vxx_reg: float | None
+    seed: int
+    value: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of a heatmap.
+
+    Attributes:
+        n: pairs with two finite values, which the means, the interval and the p-value are over.
+        n_ended: pairs of which both runs have ended.
+        improvement: mean paired difference, positive where DDPNOpt is better.
+        ci_low: lower end of its 95 % interval; None below two pairs.
+        p_value: of the paired t-test; None below two pairs or where all differences are equal.
+        q_value: p-value corrected over the panel.
+    """
+
+    learning_rate: float
+    vxx_reg: float
+    n: int
+    n_ended: int
+    n_diverged_baseline: int
+    n_diverged_ddpnopt: int
+    baseline_mean: float | None
+    ddpnopt_mean: float | None
+    improvement: float | None
+    ci_low: float | None
+    ci_high: float | None
+    p_value: float | None
+    q_value: float | None
+    state: CellState
+
+
+@dataclass(frozen=True, slots=True)
+class Heatmap:
+    """A panel: rows are learning rates, columns V_xx regularisations; cells row by row.
+
+    Attributes:
+        name: of the sweep.
+        grid: position in the spec.
+    """
+
+    sweep_id: str
+    name: str
+    grid: int
+    baseline: str
+    metric: str
+    learning_rate: tuple[float, ...]
+    vxx_reg: tuple[float, ...]
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Heatmap:
+        """Read the API's answer."""
+        panel = tuple(Cell(**cell | {"state": CellState(cell["state"])}) for cell in document["cells"])
+        rest = {f.name: document[f.name] for f in fields(cls)}
+        for axis in ("learning_rate", "vxx_reg"):
+            rest[axis] = tuple(rest[axis])
+        return cls(**rest | {"cells": panel})
+
+
+def cells(
+    learning_rates: Sequence[float],
+    vxx_regs: Sequence[float],
+    outcomes: Iterable[Outcome],
+    metric: str,
+) -> tuple[Cell, ...]:
+    """Compute all cells of a panel, row by row.
+
+    Args:
+        learning_rates: the rows.
+        vxx_regs: the columns.
+        outcomes: of every run of the grid that has ended, in any order.
+        metric: one of `ddpnopt.results.METRICS`; decides which direction is better.
+    """
+    table: dict[tuple[float, float | None], dict[int, float | None]] = defaultdict(dict)
+    for outcome in outcomes:
+        table[outcome.learning_rate, outcome.vxx_reg][outcome.seed] = outcome.value
+    sign = 1.0 if metric in HIGHER_IS_BETTER else -1.0
+    panel = [
+        _cell(learning_rate, vxx_reg, table[learning_rate, None], table[learning_rate, vxx_reg], sign)
+        for learning_rate in learning_rates
+        for vxx_reg in vxx_regs
+    ]
+    return _corrected(panel)
+
+
+def _cell(
+    learning_rate: float,
+    vxx_reg: float,
+    baseline: Mapping[int, float | None],
+    ddpnopt: Mapping[int, float | None],
+    sign: float,
+) -> Cell:
+    ended = sorted(set(baseline) & set(ddpnopt))
+    pairs = [
+        (b, d) for seed in ended if (b := baseline[seed]) is not None and (d := ddpnopt[seed]) is not None
+    ]
+    cell = Cell(
+        learning_rate=learning_rate,
+        vxx_reg=vxx_reg,
+        n=len(pairs),
+        n_ended=len(ended),
+        n_diverged_baseline=sum(baseline[seed] is None for seed in ended),
+        n_diverged_ddpnopt=sum(ddpnopt[seed] is None for seed in ended),
+        **dict.fromkeys(
+            ("baseline_mean", "ddpnopt_mean", "improvement", "ci_low", "ci_high", "p_value", "q_value")
+        ),
+        state=CellState.DIVERGED if ended else CellState.PENDING,
+    )
+    if not pairs:
+        return cell
+    values = np.array(pairs, dtype=np.float64)
+    differences = sign * (values[:, 1] - values[:, 0])
+    low, high, p_value = _interval(differences)
+    return replace(
+        cell,
+        baseline_mean=float(values[:, 0].mean()),
+        ddpnopt_mean=float(values[:, 1].mean()),
+        improvement=float(differences.mean()),
+        ci_low=low,
+        ci_high=high,
+        p_value=p_value,
+        state=_state(low, high),
+    )
+
+
+def _interval(differences: np.ndarray) -> tuple[float | None, float | None, float | None]:
+    """Return the ends of the interval and the p-value, as far as the sample allows them."""
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return None, None, None
+    test = stats.ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(CONFIDENCE)
+    return float(interval.low), float(interval.high), float(test.pvalue)
+
+
+def _state(low: float | None, high: float | None) -> CellState:
+    if low is None or high is None or low <= 0 <= high:
+        return CellState.INCONCLUSIVE
+    return CellState.BETTER if low > 0 else CellState.WORSE
+
+
+def _corrected(panel: list[Cell]) -> tuple[Cell, ...]:
+    tested = [i for i, cell in enumerate(panel) if cell.p_value is not None]
+    if tested:
+        q_values = stats.false_discovery_control([panel[i].p_value for i in tested])
+        for i, q_value in zip(tested, q_values, strict=True):
+            panel[i] = replace(panel[i], q_value=float(q_value))
+    return tuple(panel)

@@ -1,0 +1,1 @@
+"""Sweeps: the spec and its expansion, submission, listing and state."""

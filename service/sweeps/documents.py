@@ -1,0 +1,184 @@
+"""From bytes to a checked spec: JSON or YAML, with errors that name field, value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Hashable
+from typing import Any, Final, NoReturn
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from service.errors import FieldError, InvalidInputError
+from service.sweeps.spec import SweepSpec
+
+SHOWN: Final = 80
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags, aliases or duplicate keys, and with `5e-5` a number as in YAML 1.2."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            self.refuse(event, "an alias", "plain YAML without anchors and aliases")
+        tag: str | None = getattr(event, "tag", None)
+        if tag is not None:
+            self.refuse(event, f"the tag {tag}", "plain YAML without tags")
+        return super().compose_node(parent, index)
+
+    def refuse(self, event: Any, value: str, allowed: str) -> NoReturn:
+        where = f"line {event.start_mark.line + 1}" if event.start_mark else "document"
+        raise InvalidInputError([FieldError(where, value, allowed)])
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                self.refuse(node, f"the key {key!r} twice", "each key once")
+        return super().construct_mapping(node, deep)
+
+
+# Dates are of no use here, and a name that looks like one should stay a name.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _invalid(field: str, value: object, allowed: str) -> InvalidInputError:
+    return InvalidInputError([FieldError(field, shown(value), allowed)])
+
+
+def shown(value: object) -> str:
+    """Shorten a value for a message, as JSON would write it."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError):
+        text = ascii(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def parse_yaml(text: bytes) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        InvalidInputError: if it is not plain YAML or not a mapping.
+    """
+    try:
+        document = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise _invalid("document", _one_line(error), "a YAML mapping") from error
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise _invalid("document", _one_line(error), "a YAML mapping in UTF-8") from error
+    return _mapping(document)
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InvalidInputError: if it is not JSON or not an object.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise _invalid("document", constant, "finite numbers; JSON has no NaN and no Infinity")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise _invalid("document", f"the key {twice!r} twice", "each key once")
+        return dict(pairs)
+
+    try:
+        document = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise _invalid("document", _one_line(error), "a JSON object in UTF-8") from error
+    return _mapping(document)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _mapping(document: object) -> dict[str, Any]:
+    if not isinstance(document, dict):
+        raise _invalid("document", document, "a mapping with the keys of a spec")
+    return document
+
+
+def parse_spec(document: dict[str, Any]) -> SweepSpec:
+    """Check a spec.
+
+    Raises:
+        InvalidInputError: naming every field that is wrong.
+    """
+    try:
+        return SweepSpec.model_validate(document)
+    except ValidationError as error:
+        raise InvalidInputError(_field_errors(error)) from error
+
+
+def _field_errors(error: ValidationError) -> list[FieldError]:
+    found: dict[str, FieldError] = {}
+    for item in error.errors(include_url=False, include_context=True):
+        context = item.get("ctx", {})
+        path = _path((*item["loc"], *context.get("at", ())))
+        allowed = _allowed(item["type"], item["msg"], context, item["loc"])
+        value = "nothing" if item["type"] == "missing" else shown(context.get("given", item["input"]))
+        if path in found:  # the branches of a union: say both
+            allowed = f"{found[path].allowed}, or {allowed}"
+        found[path] = FieldError(path or "document", value, allowed)
+    return list(found.values())
+
+
+# Pydantic names the branch of a union in the path; a user has no use for it.
+_BRANCH: Final = re.compile(r"^(constrained-)?(int|list|float|str|bool)(\[|$)|^function-")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not _BRANCH.match(step):
+            path += f".{step}" if path else step
+    return path
+
+
+def _allowed(kind: str, message: str, context: dict[str, Any], location: tuple[int | str, ...]) -> str:
+    if kind == "extra_forbidden":
+        model = _model_at(location)
+        return "one of the keys " + ", ".join(model.model_fields) if model else "known keys only"
+    if kind == "missing":
+        return "it is required"
+    if kind == "finite_number":
+        return "a finite number"
+    if kind == "too_short":
+        return f"at least {context['min_length']} value"
+    if kind == "too_long":
+        return f"at most {context['max_length']} values, not {context['actual_length']}"
+    return message.removeprefix("Input should be ").removeprefix("Input should ")
+
+
+def _model_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """Find the model in which an unknown key was met."""
+    model: type[BaseModel] = SweepSpec
+    for step in location[:-1]:
+        if isinstance(step, int):
+            continue
+        annotation: Any = model.model_fields[step].annotation
+        while not isinstance(annotation, type) or not issubclass(annotation, BaseModel):
+            inner = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
+            if not inner:
+                return None
+            annotation = inner[0]
+        model = annotation
+    return model

@@ -1,0 +1,89 @@
+"""REST of sweeps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Header, Query, Response
+
+from service.errors import FieldError, InvalidInputError
+from service.http import Reading, RequestBody, Writing
+from service.sweeps import queries
+from service.sweeps.documents import shown
+from service.sweeps.expand import plan
+from service.sweeps.schemas import Sweep, SweepPage, Validated
+from service.sweeps.spec import SweepSpec
+
+router = APIRouter(prefix="/api/v1/sweeps", tags=["sweeps"])
+
+MAX_PAGE: Final = 200
+SPEC_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            media: {"schema": {"$ref": "#/components/schemas/SweepSpec"}}
+            for media in ("application/json", "application/yaml")
+        },
+    }
+}
+
+
+@router.post("/validate", openapi_extra=SPEC_BODY)
+def validate_sweep(body: RequestBody) -> Validated:
+    """Check a spec and say what it comes to; nothing is stored."""
+    spec = body.spec()
+    planned = plan(spec)
+    return Validated(
+        runs=planned.runs_total,
+        packs=len(planned.packs),
+        run_steps=planned.runs_total * spec.training.steps,
+        estimated_seconds=round(planned.seconds, 1),
+    )
+
+
+@router.post("", status_code=201, openapi_extra=SPEC_BODY)
+def submit_sweep(
+    body: RequestBody,
+    connection: Writing,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+) -> Sweep:
+    """Store a sweep for training. The same Idempotency-Key with the same spec gives the same sweep again."""
+    if idempotency_key is not None and not idempotency_key.isprintable():
+        raise InvalidInputError(
+            [FieldError("Idempotency-Key", shown(idempotency_key), "printable characters only")]
+        )
+    spec = body.spec()
+    sweep_id, created = queries.create(connection, spec, plan(spec), idempotency_key)
+    response.headers["Location"] = f"/api/v1/sweeps/{sweep_id}"
+    if not created:
+        response.status_code = 200
+    return Sweep.of(queries.get(connection, sweep_id))
+
+
+@router.get("")
+def list_sweeps(
+    connection: Reading,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
+    after: Annotated[str | None, Query(max_length=16)] = None,
+) -> SweepPage:
+    """List sweeps, newest first; `after` is the `next` of the page before."""
+    place = None
+    if after is not None:
+        last = queries.get(connection, after)
+        place = (last.created_at, last.id)
+    rows = queries.newest(connection, limit + 1, place)
+    page = [Sweep.of(row) for row in rows[:limit]]
+    return SweepPage(sweeps=page, next=page[-1].id if len(rows) > limit else None)
+
+
+@router.get("/spec.schema.json", include_in_schema=False)
+def spec_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a spec."""
+    return SweepSpec.model_json_schema()
+
+
+@router.get("/{sweep_id}")
+def get_sweep(sweep_id: str, connection: Reading) -> Sweep:
+    """Return one sweep with its progress."""
+    return Sweep.of(queries.get(connection, sweep_id))

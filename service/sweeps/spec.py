@@ -1,0 +1,179 @@
+"""The spec that users hold, as models. Unknown keys are refused; numbers are never taken from strings."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from ddpnopt import config
+from ddpnopt.datasets.catalog import CATALOG
+from ddpnopt.errors import ConfigError
+
+MAX_GRID_VALUES: Final = 1000
+MAX_SEEDS: Final = 10_000
+MAX_GRIDS: Final = 100
+MAX_RUNS: Final = 1_000_000
+CURVE_POINTS: Final = 20
+
+PositiveRate = Annotated[float, Field(gt=0, le=1e6)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6)]
+Seed = Annotated[int, Field(ge=0, le=config.MAX_SEED)]
+
+
+def _without_surrogates(text: str) -> str:
+    if "\x00" in text or not text.isprintable():
+        raise PydanticCustomError("text", "printable characters only")
+    return text
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise PydanticCustomError(
+                "duplicate", "each value once; {twice} is there twice", {"twice": repr(value)}
+            )
+        seen.add(value)
+    return values
+
+
+def _known_dataset(name: str) -> str:
+    if name not in CATALOG:
+        raise PydanticCustomError("dataset", "one of {known}", {"known": ", ".join(sorted(CATALOG))})
+    return name
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class ModelSpec(_Model):
+    """The net: `kind: fcn`, the widths of its hidden layers and their activation."""
+
+    kind: Literal["fcn"]
+    hidden: Annotated[
+        list[Annotated[int, Field(ge=1, le=config.MAX_WIDTH)]], Field(max_length=config.MAX_DEPTH)
+    ]
+    activation: config.Activation = "tanh"
+
+
+class TrainingSpec(_Model):
+    """How long and on what batches; `eval_every` steps lie between two points of the curves."""
+
+    steps: Annotated[int, Field(ge=1, le=config.MAX_STEPS)]
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
+    eval_every: Annotated[int, Field(ge=1, le=config.MAX_STEPS)] | None = None
+
+    def resolved(self) -> config.TrainingConfig:
+        """Return the configuration, with about `CURVE_POINTS` points a curve if nothing else is said."""
+        every = self.eval_every or math.ceil(self.steps / CURVE_POINTS)
+        return config.TrainingConfig(self.steps, self.batch_size, every)
+
+
+class FeedbackSpec(_Model):
+    """The options of DDPNOpt that the paper leaves open; see `ddpnopt.config.FeedbackConfig`."""
+
+    terminal_hessian: config.TerminalHessian | None = None
+    factorized: bool | None = None
+    convention: config.Convention = "batch_mean"
+    curvature_scale: NonNegative = 1.0
+    safeguard: config.Safeguard = "clamp"
+    feedback: bool = True
+
+    @model_validator(mode="after")
+    def _possible(self) -> FeedbackSpec:
+        try:
+            self.resolved()
+        except ConfigError as error:
+            raise PydanticCustomError("feedback", "{allowed}", {"allowed": error.allowed}) from error
+        return self
+
+    def resolved(self) -> config.FeedbackConfig:
+        """Return the configuration."""
+        return config.FeedbackConfig(**self.model_dump())
+
+
+class GridSpec(_Model):
+    """One baseline's table: learning rates down, V_xx regularisations across."""
+
+    baseline: config.Baseline
+    learning_rate: Annotated[
+        list[PositiveRate], Field(min_length=1, max_length=MAX_GRID_VALUES), AfterValidator(_distinct)
+    ]
+    vxx_reg: Annotated[
+        list[NonNegative], Field(min_length=1, max_length=MAX_GRID_VALUES), AfterValidator(_distinct)
+    ]
+    ddpnopt: FeedbackSpec = FeedbackSpec()
+
+
+class SweepSpec(_Model):
+    """A sweep: what to train, how long, on which seeds, over which grids."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_without_surrogates)]
+    dataset: Annotated[str, AfterValidator(_known_dataset)]
+    model: ModelSpec
+    loss: config.Loss = "cross_entropy"
+    training: TrainingSpec
+    seeds: (
+        Annotated[int, Field(ge=1, le=MAX_SEEDS)]
+        | Annotated[list[Seed], Field(min_length=1, max_length=MAX_SEEDS), AfterValidator(_distinct)]
+    )
+    dtype: config.DType = "float32"
+    grids: Annotated[list[GridSpec], Field(min_length=1, max_length=MAX_GRIDS)]
+
+    @field_validator("training")
+    @classmethod
+    def _batch_fits(cls, training: TrainingSpec, info: Any) -> TrainingSpec:
+        dataset = CATALOG.get(info.data.get("dataset", ""))
+        if dataset is not None and training.batch_size > dataset.train_size:
+            raise PydanticCustomError(
+                "batch_size",
+                "at most {most}, the training set of {dataset}",
+                {
+                    "most": dataset.train_size,
+                    "dataset": dataset.name,
+                    "at": ("batch_size",),
+                    "given": training.batch_size,
+                },
+            )
+        return training
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> SweepSpec:
+        total = self.runs_total()
+        if total > MAX_RUNS:
+            raise PydanticCustomError(
+                "runs",
+                "at most {most} runs in a sweep",
+                {"most": MAX_RUNS, "at": ("grids",), "given": f"{total} runs"},
+            )
+        return self
+
+    def seed_list(self) -> tuple[int, ...]:
+        """Return the seeds: 0..n-1 if only their number was given."""
+        return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
+
+    def runs_total(self) -> int:
+        """Count the runs by arithmetic: a baseline is trained once per learning rate and seed."""
+        per_seed = sum(len(g.learning_rate) * (1 + len(g.vxx_reg)) for g in self.grids)
+        return per_seed * (self.seeds if isinstance(self.seeds, int) else len(self.seeds))
+
+    def run_config(
+        self, grid: int, method: config.Method, learning_rate: float, vxx_reg: float | None, seed: int
+    ) -> config.RunConfig:
+        """Return the configuration of one run of the sweep."""
+        feedback = self.grids[grid].ddpnopt.resolved() if method == "ddpnopt" else None
+        return config.RunConfig(
+            dataset=self.dataset,
+            model=config.ModelConfig(tuple(self.model.hidden), self.model.activation),
+            loss=self.loss,
+            training=self.training.resolved(),
+            optimizer=config.OptimizerConfig(
+                self.grids[grid].baseline, method, learning_rate, vxx_reg, feedback
+            ),
+            seed=seed,
+            dtype=self.dtype,
+        )

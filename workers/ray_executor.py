@@ -1,0 +1,137 @@
+"""Train packs on Ray actors, with every retry of Ray's switched off: only SQL may start an attempt."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+# Ray reads these when it is imported, so they come first. RAY_AUTH_MODE: without a token, anyone who reaches
+# a Ray port runs code there.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray.exceptions import RayError
+
+from workers.actor import PackActor
+from workers.protocol import PackEvent, PackFailed, PackProgress, PackTask
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES: Final = 256 * 2**20
+"""Results are small; the default of a third of the memory would be taken from training."""
+
+SECRETS: Final = ("DDPSWEEP_DATABASE_URL", "DDPSWEEP_TOKEN", "PGPASSWORD", "POSTGRES_PASSWORD")
+"""Never in the environment of Ray's processes: workers inherit it."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    task: PackTask
+    actor: Any
+    events: Any  # ray.ObjectRefGenerator
+
+
+@contextmanager
+def _private_environment() -> Iterator[None]:
+    """Start Ray's processes without secrets, and with files that only this user reads."""
+    hidden = {name: os.environ.pop(name) for name in SECRETS if name in os.environ}
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+        os.environ.update(hidden)
+
+
+class RayExecutor:
+    """An executor over a Ray cluster.
+
+    Args:
+        address: of a cluster to join; None starts a private one on this machine, which ends with this
+            process, however that ends.
+        slots: packs at once; None takes the cluster's CPUs.
+
+    Raises:
+        ConnectionError: if there is no cluster at the address.
+    """
+
+    def __init__(self, address: str | None = None, slots: int | None = None) -> None:
+        if address is None:
+            # A private cluster has a token of its own, which lives in this process tree alone.
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        private: dict[str, Any] = {"num_cpus": slots, "object_store_memory": OBJECT_STORE_BYTES}
+        with _private_environment():
+            # address="local" and not None: a connected process elsewhere can make None join its cluster.
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                namespace="ddpsweep",
+                **({} if address else private),
+            )
+        self._fixed_slots = slots
+        self._actor_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(PackActor)
+        self._idle: list[Any] = []
+        self._attempts: dict[tuple[int, int], _Attempt] = {}
+
+    @property
+    def slots(self) -> int:
+        """Packs that fit the cluster as it is now: nodes come and go."""
+        return self._fixed_slots or int(ray.cluster_resources().get("CPU", 0))
+
+    def free_slots(self) -> int:
+        """See `Executor`."""
+        return max(0, self.slots - len(self._attempts))
+
+    def submit(self, task: PackTask) -> None:
+        """See `Executor`."""
+        actor = self._idle.pop() if self._idle else self._actor_class.remote()
+        events = actor.train.options(num_returns="streaming").remote(task)
+        self._attempts[task.pack_id, task.attempt] = _Attempt(task, actor, events)
+
+    def poll(self, timeout: float) -> Sequence[PackEvent]:
+        """See `Executor`."""
+        if not self._attempts:
+            return []
+        streams = {attempt.events: attempt for attempt in self._attempts.values()}
+        ready, _ = ray.wait(list(streams), num_returns=1, timeout=timeout, fetch_local=False)
+        if ready:
+            # One has something to say; ask all, so that a talkative pack cannot silence the others.
+            ready, _ = ray.wait(list(streams), num_returns=len(streams), timeout=0, fetch_local=False)
+        return [event for stream in ready if (event := self._next_event(streams[stream])) is not None]
+
+    def _next_event(self, attempt: _Attempt) -> PackEvent | None:
+        key = (attempt.task.pack_id, attempt.task.attempt)
+        try:
+            event: PackEvent = ray.get(next(attempt.events))
+        except (RayError, StopIteration) as error:
+            log.warning("pack %d, attempt %d: the worker was lost: %r", *key, error)
+            del self._attempts[key]
+            ray.kill(attempt.actor)
+            return PackFailed(
+                *key, f"worker lost: {type(error).__name__}", str(error)[-8000:], retryable=True
+            )
+        if not isinstance(event, PackProgress):
+            del self._attempts[key]
+            self._idle.append(attempt.actor)
+        return event
+
+    def cancel(self, pack_id: int, attempt: int) -> None:
+        """See `Executor`. The worker's process is ended: a tensor program in C++ answers nothing milder."""
+        found = self._attempts.pop((pack_id, attempt), None)
+        if found is not None:
+            ray.kill(found.actor)
+
+    def close(self) -> None:
+        """See `Executor`."""
+        self._attempts.clear()
+        self._idle.clear()
+        ray.shutdown()
