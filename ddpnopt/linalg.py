@@ -9,6 +9,17 @@ import torch
 from torch import Tensor
 
 
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices pair by pair, (N, m, k) by (N, k, n), by bits that do not depend on N.
+
+    torch.bmm gives a lone product with one row or one column to a matrix-vector kernel, which adds in
+    another order than the kernel for many: a run alone would then differ from the same run in a pack.
+    """
+    if left.shape[0] == 1 and 1 in (left.shape[1], right.shape[2]):
+        return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
+    return torch.bmm(left, right)
+
+
 def per_sample_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Multiply two stacks of small matrices, sample by sample.
 
@@ -20,7 +31,7 @@ def per_sample_matmul(left: Tensor, right: Tensor) -> Tensor:
         (R, B, o, i).
     """
     runs, batch = left.shape[:2]
-    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
+    product = bmm(left.flatten(0, 1), right.flatten(0, 1))
     return product.reshape(runs, batch, *product.shape[1:])
 
 

@@ -86,7 +86,9 @@ def main() -> None:
     better = sum((cell.improvement or 0) > 0 for cell in panels[0].cells)
     console.print(f"training loss is lower with DDPNOpt in {better} of {len(panels[0].cells)} cells")
     console.print(f"wrote {out / 'fig4a-sgd.png'} and {out / 'fig4a-sgd.json'}")
-    console.print(f"the dashboard with this sweep: DDPSWEEP_HOME={os.path.relpath(home)} make serve", soft_wrap=True)
+    console.print(
+        f"the dashboard with this sweep: DDPSWEEP_HOME={os.path.relpath(home)} make serve", soft_wrap=True
+    )
     console.print(f"                               and open http://127.0.0.1:8321/sweeps/{sweep['id']}")
 
 

@@ -23,9 +23,15 @@ class Activation:
     slope: Callable[[Tensor, Tensor], Tensor] | None
 
 
+def _sigmoid(h: Tensor) -> Tensor:
+    # Not torch.sigmoid: its vector body and scalar tail round differently, which would make a run's bits
+    # depend on its place in the pack. exp does not.
+    return torch.exp(-h).add_(1).reciprocal_()
+
+
 ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "tanh": Activation(torch.tanh, lambda h, x: 1 - x * x),
     "relu": Activation(torch.relu, lambda h, x: (h > 0).to(h.dtype)),
-    "sigmoid": Activation(torch.sigmoid, lambda h, x: x * (1 - x)),
+    "sigmoid": Activation(_sigmoid, lambda h, x: x * (1 - x)),
     "identity": Activation(lambda h: h, None),
 }

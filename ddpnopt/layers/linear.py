@@ -5,9 +5,10 @@ Index legend: r run in the pack, b sample, i inputs, ī inputs and the constant 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from ddpnopt import linalg
 
 
 def augment(x: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def weight(u: Tensor) -> Tensor:
 
 def forward(x_bar: Tensor, u: Tensor) -> Tensor:
     """Return h = x̄ uᵀ: (R, B, ī), (R, o, ī) to (R, B, o)."""
-    return torch.bmm(x_bar, u.mT)
+    return linalg.bmm(x_bar, u.mT)
 
 
 def gradient(V_h: Tensor, x_bar: Tensor) -> Tensor:
@@ -35,17 +36,17 @@ def gradient(V_h: Tensor, x_bar: Tensor) -> Tensor:
     Returns:
         (R, o, ī).
     """
-    return torch.bmm(V_h.mT, x_bar)
+    return linalg.bmm(V_h.mT, x_bar)
 
 
 def pull_back(V_h: Tensor, u: Tensor) -> Tensor:
     """Return Wᵀ V_h, (R, B, o) to (R, B, i): a gradient (or any row vector) before the layer."""
-    return torch.bmm(V_h, weight(u))
+    return linalg.bmm(V_h, weight(u))
 
 
 def push_forward(dx: Tensor, u: Tensor) -> Tensor:
     """Return W δx, (R, B, i) to (R, B, o)."""
-    return torch.bmm(dx, weight(u).mT)
+    return linalg.bmm(dx, weight(u).mT)
 
 
 def jacobian_product(V_hh: Tensor, u: Tensor) -> Tensor:
@@ -59,4 +60,4 @@ def jacobian_product(V_hh: Tensor, u: Tensor) -> Tensor:
         (R, B, o, i).
     """
     runs, batch, outputs, _ = V_hh.shape
-    return torch.bmm(V_hh.flatten(1, 2), weight(u)).reshape(runs, batch, outputs, -1)
+    return linalg.bmm(V_hh.flatten(1, 2), weight(u)).reshape(runs, batch, outputs, -1)

@@ -53,6 +53,7 @@ def upgrade() -> None:
         sa.Column("runs_total", sa.Integer(), nullable=False),
         sa.Column("steps", sa.Integer(), nullable=False),
         sa.Column("step", sa.Integer(), nullable=False),
+        sa.Column("runs_diverged", sa.Integer(), nullable=False),
         sa.Column("started_at", sa.Double(), nullable=True),
         sa.Column("finished_at", sa.Double(), nullable=True),
         sa.Column("error", sa.Text(), nullable=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -39,7 +39,7 @@ class _Facts(ProgressColumn):
 
 def follow(console: Console, states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Show a sweep's progress until it is over; return its last state."""
-    columns = (TextColumn("{task.fields[state]:>9}"), BarColumn(), _Facts(), TimeElapsedColumn())
+    columns = (TextColumn("{task.fields[state]:>9}"), BarColumn(bar_width=20), _Facts(), TimeElapsedColumn())
     last: dict[str, Any] = {}
     with Progress(*columns, console=console) as bar:
         task = None
@@ -76,9 +76,9 @@ def sweep_table(sweeps: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
-def heatmap_table(heatmap: Heatmap) -> Table:
-    """Return a panel as a table: the improvement of each cell, in brackets where inconclusive."""
-    table = Table(title=figures.title(heatmap), title_justify="left", pad_edge=False)
+def heatmap_table(heatmap: Heatmap) -> Group:
+    """Return a panel as a headed table: the improvement of each cell, in brackets where inconclusive."""
+    table = Table(pad_edge=False)
     table.add_column("lr \\ ε", justify="right")
     for value in heatmap.vxx_reg:
         table.add_column(f"{value:g}", justify="right")
@@ -86,4 +86,4 @@ def heatmap_table(heatmap: Heatmap) -> Table:
     for rate, line in figures.rows(heatmap):
         cells = [Text(figures.label(cell, digits), STYLES[cell.state]) for cell in line]
         table.add_row(f"{rate:g}", *cells)
-    return table
+    return Group(Text(figures.title(heatmap), "bold"), table)

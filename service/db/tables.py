@@ -80,6 +80,7 @@ packs: Final = Table(
     Column("runs_total", Integer, nullable=False),
     Column("steps", Integer, nullable=False),
     Column("step", Integer, nullable=False),
+    Column("runs_diverged", Integer, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
     Column("error", Text),

@@ -113,6 +113,7 @@ def finish(
         .values(
             state=PackState.COMPLETED,
             step=packs.c.steps,
+            runs_diverged=sum(result.divergence is not None for result in outcome),
             lease_owner=null(),
             lease_until=null(),
             finished_at=clock(),

@@ -1,4 +1,4 @@
-"""The states of packs and sweeps and the moves between them that are legal."""
+"""The states of packs and sweeps. Packs move only by the writes in `leases`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,6 @@ class SweepState(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
 
-
-PACK_MOVES: Final[Mapping[PackState, frozenset[PackState]]] = {
-    PackState.QUEUED: frozenset({PackState.RUNNING}),
-    PackState.RUNNING: frozenset({PackState.QUEUED, PackState.COMPLETED, PackState.FAILED}),
-    PackState.COMPLETED: frozenset(),
-    PackState.FAILED: frozenset(),
-}
 
 OVER: Final = frozenset({PackState.COMPLETED, PackState.FAILED})
 

@@ -74,7 +74,9 @@ def parse_yaml(text: bytes) -> dict[str, Any]:
     try:
         document = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
-        raise _invalid("document", _one_line(error), "a YAML mapping") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}" if mark else "document"
+        raise _invalid(where, problem or _one_line(error), "a YAML mapping") from error
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         raise _invalid("document", _one_line(error), "a YAML mapping in UTF-8") from error
     return _mapping(document)

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, Select, and_, func, insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from service.db.engine import clock, columns
-from service.db.tables import grids, packs, results, runs, sweeps
+from service.db.tables import grids, packs, runs, sweeps
 from service.dispatch.policy import MAX_ATTEMPTS
 from service.dispatch.states import PackState, SweepState
 from service.errors import ConflictError, NotFoundError
@@ -150,6 +150,7 @@ def _insert_packs(
                 "runs_total": len(pack),
                 "steps": steps,
                 "step": 0,
+                "runs_diverged": 0,
             }
             for position, pack in enumerate(plan.packs)
         ],
@@ -165,13 +166,20 @@ def has_work(connection: Connection, *, claimable: bool) -> bool:
     return connection.execute(select(packs.c.id).where(condition).limit(1)).first() is not None
 
 
+def _an_id(text: str) -> str:
+    """Keep out what cannot be an id: PostgreSQL takes no NUL, and no index is needed to say so."""
+    if len(text) != ID_LENGTH or not set(text) <= set(ALPHABET):
+        raise NotFoundError(f"no sweep {text!r}")
+    return text
+
+
 def spec_of(connection: Connection, sweep_id: str) -> SweepSpec:
     """Return a sweep's spec.
 
     Raises:
         NotFoundError: if there is no such sweep.
     """
-    row = connection.execute(select(sweeps.c.spec).where(sweeps.c.id == sweep_id)).first()
+    row = connection.execute(select(sweeps.c.spec).where(sweeps.c.id == _an_id(sweep_id))).first()
     if row is None:
         raise NotFoundError(f"no sweep {sweep_id!r}")
     return SweepSpec.model_validate(row.spec)
@@ -183,7 +191,7 @@ def get(connection: Connection, sweep_id: str) -> SweepRow:
     Raises:
         NotFoundError: if there is no such sweep.
     """
-    row = connection.execute(_with_counts().where(sweeps.c.id == sweep_id)).first()
+    row = connection.execute(_with_counts().where(sweeps.c.id == _an_id(sweep_id))).first()
     if row is None:
         raise NotFoundError(f"no sweep {sweep_id!r}")
     return _sweep_row(row)
@@ -206,12 +214,6 @@ def _with_counts() -> Select[Any]:
     def pack_count(value: Any, *conditions: Any) -> Any:
         return func.coalesce(of_packs(func.sum(value), *conditions), 0)
 
-    diverged = (
-        select(func.count())
-        .select_from(runs.join(results, results.c.run_id == runs.c.id))
-        .where(runs.c.sweep_id == sweeps.c.id, results.c.state == "diverged")
-        .scalar_subquery()
-    )
     first_error = (
         select(packs.c.error)
         .where(packs.c.sweep_id == sweeps.c.id, packs.c.state == PackState.FAILED)
@@ -222,7 +224,7 @@ def _with_counts() -> Select[Any]:
     return select(
         sweeps,
         pack_count(packs.c.runs_total, packs.c.state == PackState.COMPLETED).label("runs_done"),
-        diverged.label("runs_diverged"),
+        pack_count(packs.c.runs_diverged).label("runs_diverged"),
         pack_count(packs.c.runs_total * packs.c.step).label("run_steps_done"),
         of_packs(func.count(), packs.c.state == PackState.FAILED).label("failed_packs"),
         first_error.label("error"),

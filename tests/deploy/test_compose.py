@@ -108,8 +108,8 @@ def test_everything_waits_for_what_it_needs():
         needs = SERVICES[name]["depends_on"]
         assert needs["migrate"]["condition"] == "service_completed_successfully"
         assert needs["postgres"]["condition"] == "service_healthy"
-    for name in ("dispatcher", "ray-worker"):
-        assert SERVICES[name]["depends_on"]["ray-head"]["condition"] == "service_healthy"
+    assert SERVICES["dispatcher"]["depends_on"]["ray-worker"]["condition"] == "service_healthy"
+    assert SERVICES["ray-worker"]["depends_on"]["ray-head"]["condition"] == "service_healthy"
     assert SERVICES["migrate"]["restart"] == "no"
 
 

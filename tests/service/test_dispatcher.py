@@ -1,0 +1,232 @@
+"""The dispatcher's loop, driven step by step with a scripted executor and with the real trainer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, select, update
+from sqlalchemy.exc import OperationalError
+
+from service.db.engine import clock, read, write
+from service.db.tables import packs, results, runs
+from service.dispatch import leases
+from service.dispatch.loop import Dispatcher
+from service.dispatch.policy import MAX_ATTEMPTS, GiveUp, Requeue, after_failure
+from service.dispatch.states import PackState, SweepState, sweep_state
+from service.results import queries as result_queries
+from service.sweeps import queries
+from tests.service.helpers import ENVIRONMENT, outcome, pack_rows, submit
+from workers.local import LocalExecutor
+from workers.protocol import PackEvent, PackFailed, PackFinished, PackProgress, PackTask
+
+
+class Script:
+    """An executor that says what the test tells it to."""
+
+    def __init__(self, slots: int = 8) -> None:
+        self.slots = slots
+        self.tasks: list[PackTask] = []
+        self.cancelled: list[tuple[int, int]] = []
+        self.events: list[PackEvent] = []
+
+    def free_slots(self) -> int:
+        return self.slots
+
+    def submit(self, task: PackTask) -> None:
+        self.tasks.append(task)
+
+    def poll(self, timeout: float) -> Sequence[PackEvent]:
+        events, self.events = self.events, []
+        return events
+
+    def cancel(self, pack_id: int, attempt: int) -> None:
+        self.cancelled.append((pack_id, attempt))
+
+    def close(self) -> None:
+        pass
+
+
+def finished(task: PackTask) -> PackFinished:
+    return PackFinished(task.pack_id, task.attempt, outcome(len(task.runs)), ENVIRONMENT)
+
+
+def sweep(engine: Engine, sweep_id: str) -> queries.SweepRow:
+    with read(engine) as connection:
+        return queries.get(connection, sweep_id)
+
+
+def test_a_sweep_from_queue_to_results(engine: Engine, small_spec: dict[str, Any]) -> None:
+    sweep_id = submit(engine, small_spec)
+    dispatcher = Dispatcher(engine, LocalExecutor(), "a")
+    for _ in range(20):
+        dispatcher.step(0)
+    row = sweep(engine, sweep_id)
+    assert (row.state, row.runs_done, row.run_steps_done) == ("completed", 18, 72)
+    with read(engine) as connection:
+        panel = result_queries.heatmap(connection, sweep_id, "train_loss")
+    assert [cell.n for cell in panel.cells] == [3] * 4
+    assert dispatcher.held == {}
+
+
+def test_runs_reach_the_executor_in_the_order_of_the_pack(engine: Engine, small_spec: dict[str, Any]) -> None:
+    submit(engine, small_spec)
+    script = Script()
+    Dispatcher(engine, script, "a").step(0)
+    (task,) = script.tasks
+    with read(engine) as connection:
+        rows = connection.execute(select(runs).order_by(runs.c.pack_index)).all()
+    assert [(r.method, r.learning_rate, r.vxx_reg, r.seed) for r in rows] == [
+        (c.optimizer.method, c.optimizer.learning_rate, c.optimizer.vxx_reg, c.seed) for c in task.runs
+    ]
+
+
+def test_progress_is_seen(engine: Engine, small_spec: dict[str, Any]) -> None:
+    sweep_id = submit(engine, small_spec)
+    script = Script()
+    dispatcher = Dispatcher(engine, script, "a")
+    dispatcher.step(0)
+    script.events = [PackProgress(script.tasks[0].pack_id, 1, 3, 4, 18)]
+    dispatcher.step(0)
+    dispatcher.step(0)
+    assert sweep(engine, sweep_id).run_steps_done == 3 * 18
+
+
+def test_no_more_is_claimed_than_there_is_room_for(engine: Engine, small_spec: dict[str, Any]) -> None:
+    for _ in range(3):
+        submit(engine, small_spec)
+    script = Script(slots=2)
+    Dispatcher(engine, script, "a").step(0)
+    assert len(script.tasks) == 2
+    assert Counter(pack.state for pack in pack_rows(engine)) == {"running": 2, "queued": 1}
+
+
+@pytest.mark.parametrize("retryable", [True, False])
+def test_failures_are_retried_where_that_can_help(
+    engine: Engine, small_spec: dict[str, Any], retryable: bool
+) -> None:
+    sweep_id = submit(engine, small_spec)
+    script = Script()
+    dispatcher = Dispatcher(engine, script, "a")
+    dispatcher.step(0)
+    script.events = [PackFailed(script.tasks[0].pack_id, 1, "worker lost", "trace", retryable)]
+    dispatcher.step(0)
+    dispatcher.step(0)
+    (pack,) = pack_rows(engine)
+    assert (pack.error, pack.error_detail) == ("worker lost", "trace")
+    if not retryable:
+        assert sweep(engine, sweep_id).state == "failed"
+        return
+    assert pack.state == "queued"
+    with write(engine) as connection:
+        connection.execute(update(packs).values(not_before=clock() - 1))
+    dispatcher.step(0)
+    script.events = [finished(script.tasks[1])]
+    dispatcher.step(0)
+    dispatcher.step(0)
+    (pack,) = pack_rows(engine)
+    assert (pack.state, pack.attempt, pack.error) == ("completed", 2, None)
+
+
+def test_a_lost_lease_stops_the_attempt(engine: Engine, small_spec: dict[str, Any]) -> None:
+    submit(engine, small_spec)
+    script, now = Script(), [0.0]
+    dispatcher = Dispatcher(engine, script, "a", now=lambda: now[0])
+    dispatcher.step(0)
+    with write(engine) as connection:
+        connection.execute(update(packs).values(lease_until=clock() - 1))
+        leases.reap(connection)
+        connection.execute(update(packs).values(not_before=clock() + 60))
+    now[0] = leases.RENEW_EVERY_S
+    dispatcher.step(0)
+    assert script.cancelled == [(script.tasks[0].pack_id, 1)]
+    assert dispatcher.held == {}
+
+
+def test_results_of_a_fenced_attempt_are_dropped(engine: Engine, small_spec: dict[str, Any]) -> None:
+    submit(engine, small_spec)
+    stale, fresh = Script(), Script()
+    first, second = Dispatcher(engine, stale, "a"), Dispatcher(engine, fresh, "b")
+    first.step(0)
+    with write(engine) as connection:
+        connection.execute(update(packs).values(lease_until=clock() - 1))
+    second.step(0)
+    assert [task.attempt for task in fresh.tasks] == [2]
+    stale.events = [finished(stale.tasks[0])]
+    first.step(0)
+    first.step(0)
+    assert pack_rows(engine)[0].state == "running"
+    assert stale.cancelled == [(stale.tasks[0].pack_id, 1)]
+    fresh.events = [finished(fresh.tasks[0])]
+    second.step(0)
+    second.step(0)
+    with read(engine) as connection:
+        assert {row.attempt for row in connection.execute(select(results))} == {2}
+
+
+def test_a_database_that_is_away_costs_no_results(engine: Engine, small_spec: dict[str, Any]) -> None:
+    sweep_id = submit(engine, small_spec)
+    script = Script()
+    dispatcher = Dispatcher(engine, script, "a")
+    dispatcher.step(0)
+    script.events = [finished(script.tasks[0])]
+    dispatcher.step(0)
+    away = [True]
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def refuse(connection: Any, *_: Any) -> None:
+        if away[0]:
+            raise OperationalError("x", {}, Exception("database is locked"))
+
+    dispatcher.step(0)
+    assert len(dispatcher.outbox) == 1
+    away[0] = False
+    dispatcher.step(0)
+    assert sweep(engine, sweep_id).state == "completed"
+
+
+def test_a_commit_whose_answer_was_lost_is_looked_up(engine: Engine, small_spec: dict[str, Any]) -> None:
+    sweep_id = submit(engine, small_spec)
+    script = Script()
+    dispatcher = Dispatcher(engine, script, "a")
+    dispatcher.step(0)
+    done = finished(script.tasks[0])
+    lease = dispatcher.held[done.pack_id]
+    with write(engine) as connection:  # the commit that went through, though the dispatcher never heard of it
+        leases.finish(connection, lease, done.results, done.environment)
+    script.events = [done]
+    dispatcher.step(0)
+    dispatcher.step(0)
+    assert script.cancelled == []
+    assert sweep(engine, sweep_id).runs_done == 18
+
+
+def test_closing_gives_everything_back(engine: Engine, small_spec: dict[str, Any]) -> None:
+    submit(engine, small_spec)
+    script = Script()
+    dispatcher = Dispatcher(engine, script, "a")
+    dispatcher.step(0)
+    dispatcher.close()
+    assert script.cancelled == [(script.tasks[0].pack_id, 1)]
+    assert pack_rows(engine)[0].state == "queued"
+
+
+def test_policy_backs_off_and_gives_up() -> None:
+    delays = [after_failure(k, MAX_ATTEMPTS, retryable=True) for k in range(1, MAX_ATTEMPTS)]
+    assert delays == [Requeue(1.0), Requeue(2.0), Requeue(4.0), Requeue(8.0)]
+    assert after_failure(50, 99, retryable=True) == Requeue(60.0)
+    assert after_failure(MAX_ATTEMPTS, MAX_ATTEMPTS, retryable=True) == GiveUp()
+    assert after_failure(1, MAX_ATTEMPTS, retryable=False) == GiveUp()
+
+
+@pytest.mark.parametrize("counts", [counts for counts in product(range(3), repeat=4) if sum(counts)])
+def test_a_sweeps_state_follows_from_its_packs(counts: tuple[int, ...]) -> None:
+    queued, running, completed, failed = counts
+    found = sweep_state(dict(zip(PackState, counts, strict=True)), started=running + completed + failed > 0)
+    if queued + running:
+        assert found == (SweepState.RUNNING if running + completed + failed else SweepState.QUEUED)
+    else:
+        assert found == (SweepState.FAILED if failed else SweepState.COMPLETED)

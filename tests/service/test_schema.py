@@ -1,0 +1,91 @@
+"""Migrations: they make the tables that the code declares, on both databases, and refuse a newer one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Engine, inspect, text
+
+from service.db import schema
+from service.db.engine import clock, open_engine, read, sqlite_module, write
+from service.db.tables import metadata
+from service.errors import SetupError
+
+
+def test_the_migrations_make_the_declared_tables(engine: Engine) -> None:
+    with read(engine) as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+        assert set(inspect(connection).get_table_names()) == {*metadata.tables, "alembic_version"}
+
+
+def test_up_down_up(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path / 'a.db'}")
+    assert schema.upgrade(engine) == (None, schema.head())
+    assert schema.upgrade(engine) == (schema.head(), schema.head())
+    with write(engine) as connection:
+        config = schema._config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+    with read(engine) as connection:
+        assert inspect(connection).get_table_names() == ["alembic_version"]
+    schema.upgrade(engine)
+    schema.check(engine)
+
+
+def test_a_newer_database_is_refused(engine: Engine) -> None:
+    with write(engine) as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    try:
+        for use in (schema.check, schema.upgrade):
+            with pytest.raises(SetupError, match=r"revision 9999.*newer ddpsweep"):
+                use(engine)
+    finally:
+        with write(engine) as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :v"), {"v": schema.head()})
+
+
+def test_an_empty_database_is_told_how_to_be_upgraded(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path / 'a.db'}")
+    with pytest.raises(SetupError, match="run `ddpsweep db upgrade`"):
+        schema.check(engine)
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://x/y", "nonsense", "sqlite:////dev/null/x.db", "postgresql+nodriver://x/y"]
+)
+def test_a_database_that_cannot_be_used_is_one_line(url: str) -> None:
+    with pytest.raises(SetupError) as caught:
+        schema.check(open_engine(url))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_password_is_not_shown() -> None:
+    with pytest.raises(SetupError) as caught:
+        schema.check(open_engine("postgresql+psycopg://me:hush@127.0.0.1:1/x"))
+    assert "hush" not in str(caught.value)
+
+
+def test_sqlite_is_set_up_as_it_should_be(sqlite_engine: Engine) -> None:
+    with read(sqlite_engine) as connection:
+        found = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys")
+        }
+    assert found == {"journal_mode": "wal", "synchronous": 1, "foreign_keys": 1}
+    assert sqlite_module().sqlite_version_info >= (3, 51, 3)
+
+
+def test_the_clock_is_the_databases_and_moves_on(engine: Engine) -> None:
+    import time
+
+    with read(engine) as connection:
+        before = connection.execute(clock().select()).scalar_one()
+        time.sleep(0.02)
+        after = connection.execute(clock().select()).scalar_one()
+    assert abs(before - time.time()) < 60
+    assert after > before
