@@ -61,6 +61,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("model.kind", self.kind, Literal["fcn"])
         _one_of("model.activation", self.activation, Activation)
+        if not isinstance(self.hidden, tuple):
+            raise ConfigError("model.hidden", self.hidden, "a tuple of widths")
         if len(self.hidden) > MAX_DEPTH:
             raise ConfigError("model.hidden", len(self.hidden), f"at most {MAX_DEPTH} layers")
         for i, width in enumerate(self.hidden):

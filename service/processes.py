@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -121,6 +122,7 @@ class Child:
         code = self.process.poll()
         if code is None:
             return
+        self._end_group()
         self.process = None
         self.deaths = 1 if now - self.started > STEADY_S else self.deaths + 1
         if self.deaths >= QUICK_DEATHS:
@@ -140,6 +142,13 @@ class Child:
             log.warning("the %s did not end in %d s; killed", self.name, STOP_S)
             self.process.kill()
             self.process.wait()
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """End what the dead child has left: some of Ray's processes outlive a killed driver by a minute."""
+        assert self.process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Supervisor:

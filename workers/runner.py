@@ -34,8 +34,9 @@ def run_pack(task: PackTask) -> Iterator[PackEvent]:
                 yield PackFinished(task.pack_id, task.attempt, event.results, environment(data.checksum))
     except DDPNOptError as error:
         yield _failed(task, error, retryable=False)
-    except (RuntimeError, MemoryError, OSError, ValueError) as error:
-        # torch reports a lack of memory as a RuntimeError; another attempt may find more.
+    except Exception as error:
+        # The edge of the worker: all that goes wrong becomes an event. torch reports a lack of memory as a
+        # RuntimeError; another attempt may find more.
         yield _failed(task, error, retryable=True)
 
 

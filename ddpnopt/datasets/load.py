@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 from ddpnopt.datasets import digits, wine
-from ddpnopt.datasets.catalog import CATALOG
+from ddpnopt.datasets.catalog import CATALOG, DatasetInfo
 from ddpnopt.errors import ConfigError, DataError
 
 TEST_FRACTION: Final = 0.2
@@ -64,6 +64,7 @@ def load(name: str) -> Dataset:
         raise ConfigError("dataset", name, "one of " + ", ".join(sorted(READERS)))
     read, scale = READERS[name]
     inputs, targets = read()
+    _check(CATALOG[name], inputs, targets)
     train_x, test_x, train_y, test_y = train_test_split(
         inputs, targets, test_size=TEST_FRACTION, random_state=SPLIT_SEED, stratify=targets
     )
@@ -72,18 +73,18 @@ def load(name: str) -> Dataset:
     digest = hashlib.sha256()
     for array in (train_x, train_y, test_x, test_y):
         digest.update(array.tobytes())
-    dataset = Dataset(name, train_x, train_y, test_x, test_y, checksum=digest.hexdigest())
-    _check(dataset)
-    return dataset
+    return Dataset(name, train_x, train_y, test_x, test_y, checksum=digest.hexdigest())
 
 
-def _check(dataset: Dataset) -> None:
-    info = CATALOG[dataset.name]
-    seen = (
-        dataset.train_inputs.shape,
-        dataset.test_inputs.shape,
-        len(np.unique(dataset.train_targets)),
-    )
-    promised = ((info.train_size, info.features), (info.test_size, info.features), info.classes)
-    if seen != promised or not np.isfinite(dataset.train_inputs).all():
-        raise DataError(f"{dataset.name}: got (train, test, classes) = {seen}, expected {promised}")
+def _check(info: DatasetInfo, inputs: NDArray[np.float64], targets: NDArray[np.int64]) -> None:
+    """Compare what a reader returned with the catalogue, before anything is made of it."""
+    samples = info.train_size + info.test_size
+    if inputs.shape != (samples, info.features) or targets.shape != (samples,):
+        raise DataError(
+            f"{info.name}: got inputs {inputs.shape} and labels {targets.shape}, "
+            f"expected ({samples}, {info.features}) and ({samples},)"
+        )
+    if not np.array_equal(np.unique(targets), np.arange(info.classes)):
+        raise DataError(f"{info.name}: got labels {np.unique(targets)}, expected 0 to {info.classes - 1}")
+    if not np.isfinite(inputs).all():
+        raise DataError(f"{info.name}: got inputs that are not finite")

@@ -108,8 +108,8 @@ def test_everything_waits_for_what_it_needs():
         needs = SERVICES[name]["depends_on"]
         assert needs["migrate"]["condition"] == "service_completed_successfully"
         assert needs["postgres"]["condition"] == "service_healthy"
-    assert SERVICES["dispatcher"]["depends_on"]["ray-worker"]["condition"] == "service_healthy"
-    assert SERVICES["ray-worker"]["depends_on"]["ray-head"]["condition"] == "service_healthy"
+    for name in ("dispatcher", "ray-worker"):
+        assert SERVICES[name]["depends_on"]["ray-head"]["condition"] == "service_healthy"
     assert SERVICES["migrate"]["restart"] == "no"
 
 
@@ -137,8 +137,14 @@ def test_nothing_runs_as_root(name):
 @pytest.mark.parametrize("name", [*RAY, "dispatcher"])
 def test_the_object_store_fits_into_shared_memory(name):
     command = " ".join(SERVICES[name]["command"])
+    assert command.count("ray start") == 1
     store = int(command.split("--object-store-memory=")[1].split()[0])
     assert store < int(SERVICES[name]["shm_size"].removesuffix("m")) * 2**20
+
+
+def test_the_ray_head_says_its_address():
+    # On a network without a route out, Ray would take loopback for it, and no node could join.
+    assert "--node-ip-address=" in SERVICES["ray-head"]["command"][-1]
 
 
 def test_images_are_pinned_to_a_major_version():
