@@ -6,6 +6,7 @@ zero is set in brackets and pale; a cell with diverged runs says how many.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from service.results.statistics import Cell, CellState, Heatmap
@@ -20,6 +21,13 @@ BASELINES: Final = {"sgd": "SGD"}
 SURE: Final = frozenset({CellState.BETTER, CellState.WORSE})
 PALE: Final = 0.35
 """How much of its colour an inconclusive cell keeps."""
+
+
+RED_TO_BLUE: Final = (
+    "#67001f", "#b2182b", "#d6604d", "#f4a582", "#fddbc7", "#f7f7f7",
+    "#d1e5f0", "#92c5de", "#4393c3", "#2166ac", "#053061",
+)  # fmt: skip
+"""ColorBrewer's RdBu, the one that matplotlib draws with; plotly's scale of that name runs the other way."""
 
 
 def title(heatmap: Heatmap) -> str:
@@ -97,7 +105,7 @@ def plotly_figure(heatmap: Heatmap) -> dict[str, Any]:
                 "hovertemplate": "learning rate %{y}, V_xx reg. %{x}<br>%{hovertext}<extra></extra>",
                 "zmin": -largest(heatmap),
                 "zmax": largest(heatmap),
-                "colorscale": "RdBu",
+                "colorscale": [[k / (len(RED_TO_BLUE) - 1), c] for k, c in enumerate(RED_TO_BLUE)],
                 "xgap": 2,
                 "ygap": 2,
                 "colorbar": {"thickness": 12, "outlinewidth": 0},
@@ -105,11 +113,27 @@ def plotly_figure(heatmap: Heatmap) -> dict[str, Any]:
         ],
         "layout": {
             "title": {"text": title(heatmap), "font": {"size": 15}},
-            "xaxis": {"title": {"text": "V<sub>xx</sub> regularisation ε"}, "type": "category"},
-            "yaxis": {"title": {"text": "learning rate"}, "type": "category", "autorange": "reversed"},
+            "xaxis": _axis("V<sub>xx</sub> regularisation ε", heatmap.vxx_reg, falling=False),
+            "yaxis": _axis("learning rate", heatmap.learning_rate, falling=True),
             "margin": {"l": 60, "r": 10, "t": 40, "b": 50},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "#f1f1f1",
             "font": {"family": "system-ui, sans-serif", "size": 13},
         },
+    }
+
+
+def _axis(name: str, values: Sequence[float], *, falling: bool) -> dict[str, Any]:
+    """Return an axis of categories that is there before any cell is."""
+    ends = [-0.5, len(values) - 0.5]
+    return {
+        "title": {"text": name},
+        "type": "category",
+        "categoryorder": "array",
+        "categoryarray": [f"{value:g}" for value in values],
+        "tickvals": list(range(len(values))),
+        "ticktext": [f"{value:g}" for value in values],
+        "range": ends[::-1] if falling else ends,
+        "showgrid": False,
+        "zeroline": False,
     }

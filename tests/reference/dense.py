@@ -139,7 +139,7 @@ def action_value(sigma: Function, x: Tensor, u: Tensor, V_x: Tensor, V_xx: Tenso
         dx = jacobian @ (v - nominal)
         return V_x @ dx + dx @ V_xx @ dx / 2
 
-    first, second = grad(Q)(nominal), hessian(Q)(nominal)
+    first, second = grad(Q)(nominal), jacrev(grad(Q))(nominal)
     return Derivatives(first[:p], first[p:], second[:p, :p], second[:p, p:], second[p:, p:])
 
 
@@ -152,15 +152,16 @@ def value(Q: Derivatives, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     V_x = Q.Q_x + K.T @ Q.Q_u
     V_xx = Q.Q_xx + K.T @ Q.Q_ux
     if options.factorized and options.safeguard == "clamp":
-        eigenvalues, vectors = torch.linalg.eigh((V_xx + V_xx.T) / 2)
-        V_xx = vectors @ torch.diag(eigenvalues.clamp_min(0)) @ vectors.T
+        V_xx = V_xx * (torch.trace(V_xx) > 0)  # of rank one: its trace is its one eigenvalue
     return V_x, V_xx, K
 
 
 def backward_step(sigma: Function, x: Tensor, u: Tensor, after: Value, options: Options) -> Layer:
     """Do one layer of the Bellman sweep for one sample."""
     Q = action_value(sigma, x, u, after.V_x, after.V_xx_feedback)
-    V_x, V_xx, K_value = value(action_value(sigma, x, u, after.V_x, after.V_xx), options)
+    same = after.V_xx is after.V_xx_feedback
+    Q_value = Q if same else action_value(sigma, x, u, after.V_x, after.V_xx)
+    V_x, V_xx, K_value = value(Q_value, options)
     by_u, by_x = jacrev(lambda w: affine(x, w.reshape(u.shape)))(u.flatten()), u[:, :-1]
     damped = V_xx + options.vxx_reg * torch.eye(len(x), dtype=x.dtype)
     return Layer(

@@ -1,0 +1,103 @@
+"""What the heatmap looks like: blue where DDPNOpt is better, honest where nothing is sure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.results import figures, page, plots
+from service.results.statistics import Cell, CellState, Heatmap
+
+
+def cell(rate: float, reg: float, improvement: float | None, state: CellState, **changes: Any) -> Cell:
+    values: dict[str, Any] = {
+        "learning_rate": rate,
+        "vxx_reg": reg,
+        "n": 3,
+        "n_ended": 3,
+        "n_diverged_baseline": 0,
+        "n_diverged_ddpnopt": 0,
+        "baseline_mean": 1.0,
+        "ddpnopt_mean": 0.5,
+        "improvement": improvement,
+        "ci_low": -0.1,
+        "ci_high": 0.9,
+        "p_value": 0.2,
+        "q_value": 0.3,
+        "state": state,
+    }
+    return Cell(**values | changes)
+
+
+@pytest.fixture
+def panel() -> Heatmap:
+    cells = (
+        cell(0.1, 1e-4, 0.5, CellState.BETTER),
+        cell(0.1, 1e-3, -1.0, CellState.WORSE),
+        cell(0.2, 1e-4, 0.4, CellState.INCONCLUSIVE, n_diverged_baseline=1),
+        cell(0.2, 1e-3, None, CellState.DIVERGED, n=0, n_diverged_ddpnopt=3),
+    )
+    return Heatmap("id", "a name", 0, "sgd", "train_loss", (0.1, 0.2), (1e-4, 1e-3), cells)
+
+
+def test_labels(panel: Heatmap) -> None:
+    digits = figures.digits(panel)
+    shown = [figures.label(cell, digits) for cell in panel.cells]
+    assert shown == ["+0.50", "-1.00", "(+0.40)\ndiv 1|0", "div 0|3"]
+    assert figures.label(cell(0.1, 0.1, None, CellState.PENDING), 2) == "·"
+
+
+def test_blue_is_better_and_the_scale_is_symmetric(panel: Heatmap) -> None:
+    figure = figures.plotly_figure(panel)
+    (trace,) = figure["data"]
+    assert (trace["zmin"], trace["zmax"]) == (-1.0, 1.0)
+    low, high = trace["colorscale"][0][1], trace["colorscale"][-1][1]
+    red, blue = (tuple(int(colour[k : k + 2], 16) for k in (1, 3, 5)) for colour in (low, high))
+    assert red[0] > 2 * red[2]
+    assert blue[2] > 2 * blue[0]
+    assert trace["z"][0] == [0.5, -1.0]
+    assert trace["z"][1] == [pytest.approx(0.4 * figures.PALE), None]
+    assert figure["layout"]["yaxis"]["range"] == [
+        1.5,
+        -0.5,
+    ]  # the smallest learning rate on top, as in Fig. 4a
+
+
+@pytest.mark.parametrize("suffix", plots.FORMATS)
+def test_pictures_are_drawn_alike_each_time(panel: Heatmap, tmp_path: Path, suffix: str) -> None:
+    first, again = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    plots.save([panel, panel], first)
+    plots.save([panel, panel], again)
+    assert first.read_bytes() == again.read_bytes()
+    assert first.stat().st_size > 5000
+
+
+def test_the_svg_bears_numbers_and_hatching(panel: Heatmap, tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        plots.save([panel], tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    for words in ("+0.50", "-1.00", "(+0.40)", "div 0|3", "learning rate", "DDPNOpt vs SGD: training loss"):
+        assert words in text
+    assert text.count("<pattern") == 2
+    for place in (0.75, 0.0):  # +0.5 and -1.0 on a scale from -1 to 1
+        assert mpl.colors.to_hex(mpl.colormaps["RdBu"](place)) in text
+
+
+def test_a_panel_without_any_result_can_be_drawn(panel: Heatmap, tmp_path: Path) -> None:
+    empty = cell(0.1, 1e-4, None, CellState.PENDING, n=0, n_ended=0)
+    bare = Heatmap("id", "n", 0, "sgd", "accuracy", (0.1,), (1e-4,), (empty,))
+    plots.save([bare], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert figures.plotly_figure(bare)["data"][0]["z"] == [[None]]
+
+
+def test_a_page_of_its_own_escapes_names(panel: Heatmap, tmp_path: Path) -> None:
+    nasty = Heatmap("id", "<b>&", 0, "sgd", "train_loss", (0.1, 0.2), (1e-4, 1e-3), panel.cells)
+    page.save([nasty, nasty], tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "<title>&lt;b&gt;&amp;</title>" in text
+    assert text.count('class="plotly-graph-div"') == 2
