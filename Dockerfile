@@ -11,6 +11,8 @@ ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 # The package as a wheel: the sources stay behind in this stage.
 FROM ${BASE_IMAGE} AS wheel
+# By this label, deploy/image finds what this stage leaves behind.
+LABEL ddpsweep.stage=wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY requirements ./requirements

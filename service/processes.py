@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import Engine
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 FIRST_DELAY_S: Final = 0.5
 LONGEST_DELAY_S: Final = 30.0
-STEADY_S: Final = 30.0
+STEADY_S: Final = 60.0
 """A child that lived this long died of something new."""
-QUICK_DEATHS: Final = 5
+QUICK_FAILURES: Final = 5
 STOP_S: Final = 15.0
 
 
@@ -100,7 +100,8 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     restart_at: float = 0.0
-    deaths: int = field(default=0)
+    deaths: int = 0
+    failures: int = 0
 
     def start(self, lifeline: int) -> None:
         """Start the process."""
@@ -112,7 +113,8 @@ class Child:
         """Notice a death; start again once the delay is over.
 
         Raises:
-            SetupError: if it keeps dying as soon as it starts.
+            SetupError: if it keeps giving up as soon as it starts. One that is killed is started again as
+                often as that happens.
         """
         now = time.monotonic()
         if self.process is None:
@@ -124,8 +126,11 @@ class Child:
             return
         self._end_group()
         self.process = None
-        self.deaths = 1 if now - self.started > STEADY_S else self.deaths + 1
-        if self.deaths >= QUICK_DEATHS:
+        if now - self.started > STEADY_S:
+            self.deaths = self.failures = 0
+        self.deaths += 1
+        self.failures += code >= 0
+        if self.failures >= QUICK_FAILURES:
             raise SetupError(f"the {self.name} ends as soon as it starts (exit {code}); see the lines above")
         log.warning("the %s ended with %d; starting it again", self.name, code)
         self.died()

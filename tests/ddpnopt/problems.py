@@ -49,10 +49,10 @@ def sgd(learning_rate: float = 0.1) -> OptimizerConfig:
 def ddpnopt(
     learning_rate: float = 0.1,
     vxx_reg: float = 1e-3,
-    feedback: FeedbackConfig = FeedbackConfig(),  # noqa: B008 - frozen
+    options: FeedbackConfig = FeedbackConfig(),  # noqa: B008 - frozen
     **changes: Any,
 ) -> OptimizerConfig:
-    return OptimizerConfig("sgd", "ddpnopt", learning_rate, vxx_reg, replace(feedback, **changes))
+    return OptimizerConfig("sgd", "ddpnopt", learning_rate, vxx_reg, replace(options, **changes))
 
 
 def run(optimizer: OptimizerConfig, seed: int = 0, **changes: Any) -> RunConfig:

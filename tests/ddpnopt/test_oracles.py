@@ -88,7 +88,7 @@ def make(problem: Problem, activation: str, feedback: FeedbackConfig) -> DDPNOpt
     def column(values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1)
 
-    config = ddpnopt(feedback=feedback, curvature_scale=problem.curvature_scale)
+    config = ddpnopt(options=feedback, curvature_scale=problem.curvature_scale)
     sigma = tuple(ACTIVATIONS[name] for name in sigmas(problem, activation))
     rates, regs = column(problem.learning_rate), column(problem.vxx_reg)
     return DDPNOpt(Members(config, sigma, LOSSES["cross_entropy"], rates, regs))

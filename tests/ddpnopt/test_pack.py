@@ -1,0 +1,408 @@
+"""Packs: a run's bits are its own, divergence stays with who diverges, and the loop counts right."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ddpnopt.config import OptimizerConfig, RunConfig
+from ddpnopt.datasets.load import load
+from ddpnopt.errors import ConfigError
+from ddpnopt.layers.losses import LOSSES
+from ddpnopt.linalg import bmm
+from ddpnopt.pack import engine, rng
+from ddpnopt.pack.engine import BatchStream, Trainer, train
+from ddpnopt.pack.stack import stack
+from ddpnopt.results import METRICS, Finished, Progress, RunResult
+from tests.ddpnopt.problems import FEEDBACKS, bits, ddpnopt, results, run, sgd, toy, updates
+
+CPU = torch.device("cpu")
+DATA = toy()
+WIDE = toy(samples=60, features=33)
+
+SHAPES = {
+    # Each was a way to lose a bit: odd tails of vector loops, and products with a single row or column.
+    "tanh": {"hidden": (10, 10), "dtype": "float32"},
+    "tanh, batch of one": {"hidden": (33, 17), "batch_size": 1},
+    "relu, a layer of one": {"hidden": (17, 1, 9), "activation": "relu", "dtype": "float32", "batch_size": 20},
+    "sigmoid": {"hidden": (9, 7, 17), "activation": "sigmoid", "dtype": "float32", "batch_size": 3},
+    "sigmoid in float64": {"hidden": (5, 9, 2), "activation": "sigmoid", "batch_size": 7},
+    "no hidden layer": {"hidden": (), "activation": "identity", "batch_size": 8},
+}
+
+OPTIMIZERS = {"sgd": sgd(), **{name: ddpnopt(options=options) for name, options in FEEDBACKS.items()}}
+
+
+def members(shape: str) -> list[RunConfig]:
+    """Runs of all optimizers, three of each: rates, ε and seeds differ."""
+    rates, regs = (0.05, 0.2, 0.4), (1e-4, 0.0, 1e-2)
+    found = []
+    for i, optimizer in enumerate(OPTIMIZERS.values()):
+        for j, (rate, reg) in enumerate(zip(rates, regs, strict=True)):
+            reg_ = None if optimizer.feedback is None else reg
+            found.append(
+                run(replace(optimizer, learning_rate=rate, vxx_reg=reg_), (i + j) % 3, **SHAPES[shape])
+            )
+    return found
+
+
+@cache
+def alone(shape: str) -> list[RunResult]:
+    return [results([one], WIDE)[0] for one in members(shape)]
+
+
+def assert_same_bits(actual: Sequence[RunResult], expected: Sequence[RunResult]) -> None:
+    assert len(actual) == len(expected)
+    for place, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.index == place
+        assert bits(a) == bits(e), f"run {place}"
+
+
+# --- a run's bits are its own ---
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@given(
+    chosen=st.lists(st.integers(0, 3 * len(OPTIMIZERS) - 1), min_size=1, max_size=60),
+    threads=st.sampled_from((1, 2)),
+)
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)
+def test_any_pack_gives_what_each_run_gives_alone(shape, chosen, threads):
+    """Packs of any size, order and mix, with members twice, on one thread or two."""
+    expected = [alone(shape)[i] for i in chosen]
+    runs = [members(shape)[i] for i in chosen]
+    torch.set_num_threads(threads)
+    try:
+        assert_same_bits(results(runs, WIDE), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+def fig4a(steps: int) -> list[RunConfig]:
+    """The runs of examples/digits-fig4a-sgd.yaml, cut short."""
+    rates, regs = (0.4, 0.6, 0.7, 0.8), (5e-5, 1e-4, 5e-4, 1e-3)
+    optimizers: list[OptimizerConfig] = []
+    for rate in rates:
+        optimizers += [sgd(rate), *(ddpnopt(rate, reg) for reg in regs)]
+    shape = {"dataset": "digits", "hidden": (10,) * 4, "dtype": "float32", "steps": steps, "eval_every": 20}
+    return [run(optimizer, seed, **shape) for seed in range(10) for optimizer in optimizers]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_200_runs_of_fig_4a_packed_are_those_one_at_a_time(threads, fig4a_alone):
+    runs = fig4a(steps=30)
+    assert len(runs) == 200
+    torch.set_num_threads(threads)
+    for size in (64, 200):
+        packs = [runs[i : i + size] for i in range(0, len(runs), size)]
+        packed = [result for pack in packs for result in results(pack)]
+        assert [bits(result) for result in packed] == fig4a_alone
+
+
+@pytest.fixture(scope="module")
+def fig4a_alone():
+    torch.set_num_threads(1)
+    return [bits(results([one])[0]) for one in fig4a(steps=30)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("m", "k", "n"), [(33, 64, 1), (1, 64, 33), (64, 33, 1), (1, 65, 10), (1, 500, 1)])
+def test_products_do_not_depend_on_how_many_there_are(m, k, n, dtype):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(7, m, k, generator=generator, dtype=dtype)
+    right = torch.randn(7, k, n, generator=generator, dtype=dtype)
+    whole = bmm(left, right)
+    for count in (1, 2, 5):
+        assert torch.equal(bmm(left[:count], right[:count]), whole[:count])
+        assert torch.equal(bmm(left[-count:].mT.contiguous().mT, right[-count:]), whole[-count:])
+
+
+def test_two_packs_in_training_at_once_do_not_meet():
+    runs = [run(sgd(), 0), run(ddpnopt(), 1)]
+    expected = [results([one], DATA) for one in runs]
+    streams = [train([one], DATA) for one in runs]
+    *_, last = zip(*streams, strict=True)
+    for event, own in zip(last, expected, strict=True):
+        assert_same_bits(event.results, own)
+
+
+def test_inference_mode_is_off_between_events():
+    for _ in train([run(sgd())], DATA):
+        assert not torch.is_inference_mode_enabled()
+
+
+# --- divergence ---
+
+WILD = run(sgd(1e30), 1, activation="relu", dtype="float32")
+MILD = [
+    replace(WILD, optimizer=optimizer, seed=seed) for seed, optimizer in product((0, 1), OPTIMIZERS.values())
+]
+
+
+@pytest.mark.parametrize("place", [0, 5, len(MILD)])
+def test_a_run_that_blows_up_is_diverged_and_alone_in_that(place):
+    runs = [*MILD[:place], WILD, *MILD[place:]]
+    found = list(results(runs, DATA))
+    wild = found.pop(place)
+    expected = results(MILD, DATA)
+    assert [bits(result) for result in found] == [bits(result) for result in expected]
+    assert all(result.state == "completed" for result in expected)
+    assert (wild.state, wild.index, wild.metrics, wild.weights_digest) == ("diverged", place, {}, "")
+    assert wild.divergence is not None
+    assert wild.divergence.quantity == "batch_loss"
+    assert wild.divergence.kind in ("nan", "+inf")
+    assert wild.divergence.last_finite is not None
+    assert np.isfinite(wild.divergence.last_finite)
+    assert 1 < wild.divergence.step <= 10
+    assert wild.steps == wild.divergence.step
+    assert wild.curve_steps.tolist() == [step for step in (0, 4, 8) if step < wild.divergence.step]
+    assert all(np.isfinite(curve).all() for curve in wild.curves.values())
+    assert bits(wild) == bits(results([WILD], DATA)[0])
+
+
+def trained_by_hand(runs: list[RunConfig], poison: dict[tuple[int, int], float]) -> tuple[RunResult, ...]:
+    """Train as `train` does; `poison` puts a number into a weight of a run after an update.
+
+    Its keys are (update, run); the weight is one of the last layer's, so that every sample meets it.
+    """
+    trainer, training = Trainer(runs, DATA, CPU), runs[0].training
+    with torch.inference_mode():
+        trainer.take_metrics(0)
+    for step in updates(trainer, training.steps):
+        for (update, index), number in poison.items():
+            if update == step:
+                row = trainer.stack.index.tolist().index(index)
+                with torch.inference_mode():
+                    trainer.stack.controls[-1][row, 0, -1] = number
+        if step % training.eval_every == 0 or step == training.steps:
+            with torch.inference_mode():
+                trainer.take_metrics(step)
+    return trainer.results(training.steps)
+
+
+ALL = [run(optimizer, seed) for seed, optimizer in product((0, 1), OPTIMIZERS.values())]
+
+
+def test_training_by_hand_is_training():
+    assert_same_bits(trained_by_hand(ALL, {}), results(ALL, DATA))
+
+
+@pytest.mark.parametrize(
+    ("after", "number", "step", "quantity", "kind"),
+    [
+        (1, np.nan, 2, "batch_loss", "nan"),
+        (5, np.nan, 6, "batch_loss", "nan"),
+        (5, np.inf, 6, "batch_loss", "nan"),  # inf - inf in the softmax
+        (4, np.nan, 4, "weights", "nan"),  # a point of the curves looks at the weights at once
+        (10, np.nan, 10, "weights", "nan"),  # as does the end
+        (10, -np.inf, 10, "weights", "nan"),
+    ],
+)
+@pytest.mark.parametrize("index", [0, 7, len(ALL) - 1])
+def test_a_poisoned_member_diverges_at_once_and_leaves_the_others_alone(
+    index, after, number, step, quantity, kind
+):
+    found = list(trained_by_hand(ALL, {(after, index): number}))
+    expected = list(results(ALL, DATA))
+    poisoned, healthy = found.pop(index), expected.pop(index)
+    assert [bits(result) for result in found] == [bits(result) for result in expected]
+    assert poisoned.divergence is not None
+    assert (poisoned.divergence.step, poisoned.divergence.quantity) == (step, quantity)
+    assert poisoned.divergence.kind == kind
+    before = [s for s in (0, 4, 8) if s < step or (s == step and quantity == "batch_loss")]
+    assert poisoned.curve_steps.tolist() == before
+    for name in METRICS:
+        assert poisoned.curves[name].tolist() == healthy.curves[name][: len(before)].tolist()
+
+
+def test_the_last_finite_loss_is_that_of_the_batch_before():
+    trainer = Trainer(ALL, DATA, CPU)
+    losses = {}
+    for step in updates(trainer, 6):
+        assert trainer.last_loss is not None
+        losses[step] = dict(zip(trainer.stack.index.tolist(), trainer.last_loss.tolist(), strict=True))
+    (poisoned,) = [r for r in trained_by_hand(ALL, {(2, 4): np.nan, (6, 3): np.nan}) if r.index == 3]
+    assert poisoned.divergence is not None
+    assert poisoned.divergence.step == 7
+    assert poisoned.divergence.last_finite == losses[6][3]
+
+
+def test_several_leave_at_once_and_one_by_one():
+    poison = {(2, 1): np.nan, (2, 9): np.inf, (4, 0): np.nan, (5, 3): np.nan, (10, 25): np.nan}
+    found = trained_by_hand(ALL, poison)
+    gone = {index for _, index in poison}
+    assert {result.index for result in found if result.state == "diverged"} == gone
+    expected = results(ALL, DATA)
+    stayed = [i for i in range(len(ALL)) if i not in gone]
+    assert [bits(found[i]) for i in stayed] == [bits(expected[i]) for i in stayed]
+
+
+def test_a_metric_that_is_not_finite_ends_its_run(monkeypatch):
+    """All weights and batch losses are finite, the loss over the test set is not."""
+    far = replace(DATA, test_inputs=DATA.test_inputs * np.where(np.arange(30) == 7, 1e300, 1.0)[:, None])
+    shape = {"hidden": (), "activation": "identity"}
+    (found,) = results([run(sgd(), **shape)], replace(far, test_inputs=far.test_inputs * 1e8))
+    assert found.divergence is not None
+    assert (found.divergence.step, found.divergence.quantity) == (0, "test_loss")
+    assert found.curve_steps.tolist() == []
+
+
+def test_a_pack_of_which_nothing_is_left_ends_early():
+    runs = [replace(WILD, seed=seed, training=replace(WILD.training, steps=10_000)) for seed in range(3)]
+    *progress, finished = train(runs, DATA)
+    assert all(isinstance(event, Progress) and event.step < 12 for event in progress)
+    assert isinstance(finished, Finished)
+    assert [result.state for result in finished.results] == ["diverged"] * 3
+
+
+# --- batches and initial weights ---
+
+
+def test_an_epoch_visits_without_replacement_and_drops_what_is_left_over():
+    for epoch in range(3):
+        drawn = rng.epoch_batches(seed=5, epoch=epoch, samples=23, batch_size=4)
+        assert drawn.shape == (5, 4)
+        assert len(np.unique(drawn)) == 20
+        assert drawn.min() >= 0
+        assert drawn.max() < 23
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [rng.epoch_batches(seed, epoch, 60, 16) for seed, epoch in product((0, 1, 2**62), (0, 1, 2))]
+    assert len({order.tobytes() for order in orders}) == 9
+
+
+def test_batches_follow_one_another_through_the_epochs():
+    seeds = (3, 8)
+    stream = BatchStream(seeds, samples=23, batch_size=4, device=CPU)
+    for update in [*range(12), 2]:
+        expected = [rng.epoch_batches(seed, update // 5, 23, 4)[update % 5] for seed in seeds]
+        assert stream.at(update).tolist() == np.stack(expected).tolist()
+
+
+def test_a_pair_shares_batches_and_initial_weights_and_other_seeds_do_not():
+    runs = [run(optimizer, seed) for seed in (4, 9) for optimizer in (sgd(), ddpnopt(), ddpnopt(0.3))]
+    packed = stack(runs, (5, 6, 4, 3), CPU)
+    place = {index: row for row, index in enumerate(packed.index.tolist())}
+    for u in packed.controls:
+        assert torch.equal(u[place[0]], u[place[1]])
+        assert torch.equal(u[place[0]], u[place[2]])
+        assert not torch.equal(u[place[0]], u[place[3]])
+    rows = packed.seed_row.tolist()
+    assert [packed.seeds[rows[place[i]]] for i in range(6)] == [4, 4, 4, 9, 9, 9]
+
+
+def test_weights_start_as_torchs_linear_does():
+    for u, inputs in zip(rng.initial_controls(0, (64, 10, 300, 10)), (64, 10, 300), strict=True):
+        bound = 1 / np.sqrt(inputs)
+        assert np.abs(u).max() <= bound
+        assert abs(u.std() - bound / np.sqrt(3)) < 0.05 * bound
+
+
+def test_what_a_seed_draws_is_fixed_for_good():
+    """A change here is a change of `ddpnopt.NUMERICS_VERSION`."""
+    u = rng.initial_controls(7, (3, 2, 2))
+    assert hashlib.sha256(b"".join(layer.tobytes() for layer in u)).hexdigest()[:16] == "2b3ebfc3453e911c"
+    order = rng.epoch_batches(7, 1, 60, 16)
+    assert hashlib.sha256(order.tobytes()).hexdigest()[:16] == "e2c6deb656dd4989"
+
+
+# --- events, curves, metrics ---
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "points"),
+    [(10, 4, [0, 4, 8, 10]), (8, 4, [0, 4, 8]), (3, 1, [0, 1, 2, 3]), (3, 100, [0, 3]), (1, 1, [0, 1])],
+)
+def test_points_of_the_curves(steps, every, points):
+    runs = [run(sgd(), steps=steps, eval_every=every), run(ddpnopt(), steps=steps, eval_every=every)]
+    *progress, finished = train(runs, DATA)
+    assert progress == [Progress(step, steps, 2) for step in points]
+    assert isinstance(finished, Finished)
+    for result in finished.results:
+        assert (result.steps, result.curve_steps.tolist()) == (steps, points)
+        assert set(result.curves) == set(result.metrics) == set(METRICS)
+        for name, curve in result.curves.items():
+            assert curve.dtype == np.float32
+            assert curve[-1] == np.float32(result.metrics[name])
+
+
+def test_metrics_are_those_of_a_plain_evaluation():
+    """On more samples than are evaluated at once, with an odd rest."""
+    data = load("digits")
+    assert len(data.train_targets) % engine.EVAL_CHUNK > 0
+    runs = [run(optimizer, dataset="digits", steps=20, eval_every=5) for optimizer in (sgd(0.3), ddpnopt(0.3))]
+    trainer = Trainer(runs, data, CPU)
+    for _ in updates(trainer, 20):
+        pass
+    with torch.inference_mode():
+        trainer.take_metrics(20)
+    for result in trainer.results(20):
+        row = trainer.stack.index.tolist().index(result.index)
+        own = [u[row] for u in trainer.stack.controls]
+        for part, names in (("train", METRICS[:2]), ("test", METRICS[2:])):
+            x = torch.from_numpy(getattr(data, f"{part}_inputs"))
+            y = torch.from_numpy(getattr(data, f"{part}_targets"))
+            for t, u in enumerate(own):
+                x = nn.functional.linear(x, u[:, :-1], u[:, -1])
+                x = x if t == len(own) - 1 else torch.tanh(x)
+            loss = float(nn.functional.cross_entropy(x, y))
+            accuracy = 100 * float((x.argmax(-1) == y).double().mean())
+            assert result.metrics[names[0]] == pytest.approx(loss, rel=1e-12)
+            assert result.metrics[names[1]] == pytest.approx(accuracy, rel=1e-12)
+
+
+def test_the_digest_is_of_the_final_weights():
+    runs = [run(sgd()), run(sgd(0.2)), run(sgd(), 1), run(sgd(), steps=10)]
+    digests = [result.weights_digest for result in results(runs, DATA)]
+    assert digests[0] == digests[3]
+    assert len(set(digests)) == 3
+    trainer = Trainer(runs[:1], DATA, CPU)
+    for _ in updates(trainer, 10):
+        pass
+    weights = b"".join(u[0].numpy().tobytes() for u in trainer.stack.controls)
+    assert digests[0] == hashlib.sha256(weights).hexdigest()
+
+
+def test_the_last_step_of_training_lowers_what_the_curves_show():
+    (result,) = results([run(sgd(0.3), steps=100, eval_every=50)], DATA)
+    start, _, end = result.curves["train_loss"]
+    assert end < start
+    assert LOSSES.keys() == {"cross_entropy"}
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("runs", "field"),
+    [
+        ([], "runs"),
+        ([run(sgd()), run(sgd(), hidden=(6, 5))], "runs"),
+        ([run(sgd()), run(sgd(), activation="relu")], "runs"),
+        ([run(sgd()), run(sgd(), steps=11)], "runs"),
+        ([run(sgd()), run(sgd(), dtype="float32")], "runs"),
+        ([run(sgd()), run(sgd(), dataset="wine")], "runs"),
+        ([run(sgd(), batch_size=61)], "training.batch_size"),
+    ],
+    ids=["none", "widths", "activation", "training", "dtype", "dataset", "batch"],
+)
+def test_runs_that_cannot_be_a_pack_are_refused(runs, field):
+    with pytest.raises(ConfigError) as caught:
+        results(runs, DATA)
+    assert caught.value.field == field
+
+
+def test_a_batch_may_be_the_whole_training_set():
+    (result,) = results([run(sgd(), batch_size=60)], DATA)
+    assert result.state == "completed"
