@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any
 
 from fastapi import FastAPI
 from sqlalchemy import select
@@ -19,8 +19,6 @@ from service.http import Reading, install_handlers
 from service.results import endpoints as results
 from service.sweeps import endpoints as sweeps
 from service.sweeps.spec import SweepSpec
-
-LOCAL_HOSTS: Final = ["127.0.0.1", "localhost", "[::1]", "testserver"]
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -48,9 +46,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.engine = engine
-    if not settings.allow_unauthenticated:
-        # Without authentication, a page elsewhere must not reach this server under a name of its own.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    hosts = [host.strip() for host in settings.allowed_hosts.split(",")]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     install_handlers(app)
     for router in (sweeps.router, results.router, pages.router):
         app.include_router(router)

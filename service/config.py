@@ -25,6 +25,8 @@ class Settings(BaseSettings):
         database_url: SQLAlchemy URL; the default is SQLite in `home`.
         ray_address: of a Ray cluster to join; unset starts a private one.
         slots: packs at once on a private Ray; unset takes every CPU.
+        allowed_hosts: names under which the server may be addressed, with commas between them. Without
+            authentication, a page elsewhere must not reach it under a name of its own (DNS rebinding).
         allow_unauthenticated: lets the server listen beyond loopback although anyone who reaches it may
             use it; for a trusted proxy or a container network in front.
     """
@@ -37,6 +39,7 @@ class Settings(BaseSettings):
     ray_address: str | None = None
     slots: int | None = Field(default=None, ge=1, le=10_000)
     allow_unauthenticated: bool = False
+    allowed_hosts: str = "127.0.0.1,localhost,[::1]"
 
     def resolved_database_url(self) -> str:
         """Return the database's URL with its password in it: for the engine, never for a log."""

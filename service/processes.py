@@ -26,7 +26,7 @@ from service.config import Settings, check_host
 from service.db import schema
 from service.db.engine import open_engine, write
 from service.dispatch import leases
-from service.dispatch.main import new_owner
+from service.dispatch.main import EXIT_LOST, new_owner
 from service.errors import SetupError
 
 log = logging.getLogger(__name__)
@@ -113,8 +113,8 @@ class Child:
         """Notice a death; start again once the delay is over.
 
         Raises:
-            SetupError: if it keeps giving up as soon as it starts. One that is killed is started again as
-                often as that happens.
+            SetupError: if it keeps giving up as soon as it starts. One that is killed, or loses its Ray, is
+                started again as often as that happens.
         """
         now = time.monotonic()
         if self.process is None:
@@ -129,7 +129,7 @@ class Child:
         if now - self.started > STEADY_S:
             self.deaths = self.failures = 0
         self.deaths += 1
-        self.failures += code >= 0
+        self.failures += code >= 0 and code != EXIT_LOST
         if self.failures >= QUICK_FAILURES:
             raise SetupError(f"the {self.name} ends as soon as it starts (exit {code}); see the lines above")
         log.warning("the %s ended with %d; starting it again", self.name, code)

@@ -83,6 +83,10 @@ class PackFailed:
     retryable: bool
 
 
+class ExecutorLostError(Exception):
+    """What trains is gone as a whole, such as a Ray cluster whose head died; no attempt is to blame."""
+
+
 PackEvent: TypeAlias = PackProgress | PackFinished | PackFailed
 
 
@@ -98,7 +102,11 @@ class Executor(Protocol):
         ...
 
     def poll(self, timeout: float) -> Sequence[PackEvent]:
-        """Return new events, waiting for the first up to `timeout` seconds."""
+        """Return new events, waiting for the first up to `timeout` seconds.
+
+        Raises:
+            ExecutorLostError: if no event can be hoped for any more. Not even `close` may work then.
+        """
         ...
 
     def cancel(self, pack_id: int, attempt: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +22,16 @@ import ray
 from ray.exceptions import RayError
 
 from workers.actor import PackActor
-from workers.protocol import PackEvent, PackFailed, PackProgress, PackTask
+from workers.protocol import ExecutorLostError, PackEvent, PackFailed, PackProgress, PackTask
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES: Final = 256 * 2**20
 """Results are small; the default of a third of the memory would be taken from training."""
+
+PROBE_EVERY_S: Final = 2.0
+SILENCE_S: Final = 12.0
+NOTICE_S: Final = 5.0
 
 SECRETS: Final = ("DDPSWEEP_DATABASE_URL", "DDPSWEEP_TOKEN", "PGPASSWORD", "POSTGRES_PASSWORD")
 """Never in the environment of Ray's processes: workers inherit it."""
@@ -48,6 +54,54 @@ def _private_environment() -> Iterator[None]:
     finally:
         os.umask(before)
         os.environ.update(hidden)
+
+
+class _Probe:
+    """Asks the cluster now and then for its CPUs, and whether this process's node still belongs to it.
+
+    In a thread, since the question itself hangs for a minute when the head is gone.
+    """
+
+    def __init__(self) -> None:
+        self._node = ray.get_runtime_context().get_node_id()
+        self._answered = time.monotonic()
+        self._alive = True
+        self.cpus = 0
+        self._look()
+        threading.Thread(target=self._ask, name="ray-probe", daemon=True).start()
+
+    def _look(self) -> None:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        self.cpus = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
+        self._alive = any(node["NodeID"] == self._node for node in nodes)
+        self._answered = time.monotonic()
+
+    def _ask(self) -> None:
+        while self._alive:
+            time.sleep(PROBE_EVERY_S)
+            try:
+                self._look()
+            except Exception as error:
+                log.warning("the Ray cluster does not answer: %r", error)
+
+    def check(self, *, after_a_loss: bool = False) -> None:
+        """Make sure that the cluster answers.
+
+        Args:
+            after_a_loss: wait until Ray has had the time to notice that the whole node is gone.
+
+        Raises:
+            ExecutorLostError: if it does not.
+        """
+        until = time.monotonic() + (NOTICE_S if after_a_loss else 0.0)
+        while True:
+            if not self._alive:
+                raise ExecutorLostError("this node is no longer part of the Ray cluster")
+            if time.monotonic() - self._answered > SILENCE_S:
+                raise ExecutorLostError(f"the Ray cluster has not answered for {SILENCE_S:.0f} s")
+            if time.monotonic() >= until:
+                return
+            time.sleep(0.2)
 
 
 class RayExecutor:
@@ -78,6 +132,7 @@ class RayExecutor:
                 **({} if address else private),
             )
         self._fixed_slots = slots
+        self._probe = _Probe()
         self._actor_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(PackActor)
         self._idle: list[Any] = []
         self._attempts: dict[tuple[int, int], _Attempt] = {}
@@ -85,7 +140,7 @@ class RayExecutor:
     @property
     def slots(self) -> int:
         """Packs that fit the cluster as it is now: nodes come and go."""
-        return self._fixed_slots or int(ray.cluster_resources().get("CPU", 0))
+        return self._fixed_slots or self._probe.cpus
 
     def free_slots(self) -> int:
         """See `Executor`."""
@@ -99,6 +154,7 @@ class RayExecutor:
 
     def poll(self, timeout: float) -> Sequence[PackEvent]:
         """See `Executor`."""
+        self._probe.check()
         if not self._attempts:
             return []
         streams = {attempt.events: attempt for attempt in self._attempts.values()}
@@ -113,6 +169,7 @@ class RayExecutor:
         try:
             event: PackEvent = ray.get(next(attempt.events))
         except (RayError, StopIteration) as error:
+            self._probe.check(after_a_loss=True)
             log.warning("pack %d, attempt %d: the worker was lost: %r", *key, error)
             del self._attempts[key]
             ray.kill(attempt.actor)

@@ -66,6 +66,10 @@ class Dispatcher:
         """Stop all attempts and give their packs back at once."""
         for lease in self.held.values():
             self.executor.cancel(lease.pack_id, lease.attempt)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Give all packs back without a word to the executor."""
         with write(self.engine) as connection:
             leases.release(connection, self.owner)
         self.held.clear()

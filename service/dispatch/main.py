@@ -15,10 +15,13 @@ from service.db import schema
 from service.db.engine import open_engine
 from service.dispatch.loop import Dispatcher
 from service.errors import SetupError
+from workers.protocol import ExecutorLostError
 
 log = logging.getLogger(__name__)
 
 ROUND_S: Final = 0.5
+EXIT_LOST: Final = 75
+"""EX_TEMPFAIL: start it again."""
 
 
 def new_owner() -> str:
@@ -49,7 +52,14 @@ def run(settings: Settings, owner: str) -> None:
     try:
         while not stop.is_set():
             dispatcher.step(ROUND_S)
-    finally:
+    except ExecutorLostError as error:
+        log.error("%s; this dispatcher ends, the next one starts afresh", error)
+        dispatcher.abandon()
+        # At once: what Ray does at exit waits for a cluster that is not there.
+        os._exit(EXIT_LOST)
+    except BaseException:
         dispatcher.close()
-        executor.close()
-        engine.dispose()
+        raise
+    dispatcher.close()
+    executor.close()
+    engine.dispose()

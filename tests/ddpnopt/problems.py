@@ -86,7 +86,7 @@ def updates(trainer: Trainer, steps: int) -> Iterator[int]:
 
 
 def bits(result: RunResult) -> dict[str, Any]:
-    """All of a result but its place in the pack, in values that compare equal if and only if every bit does."""
+    """All of a result but its place in the pack, as values that are equal only if every bit is."""
     return asdict(result) | {
         "index": None,
         "metrics": {name: value.hex() for name, value in result.metrics.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -155,7 +156,7 @@ def one_batch(feedback: FeedbackConfig, rate: float, reg: float, scale: float = 
     widths, batch = (5, 6, 4, 3), 8
     controls = [
         scale * torch.randn(1, o, i + 1, generator=generator, dtype=torch.float64)
-        for i, o in zip(widths[:-1], widths[1:], strict=True)
+        for i, o in pairwise(widths)
     ]
     inputs = torch.randn(1, batch, widths[0], generator=generator, dtype=torch.float64)
     targets = torch.randint(widths[-1], (1, batch), generator=generator)
@@ -167,7 +168,7 @@ def one_batch(feedback: FeedbackConfig, rate: float, reg: float, scale: float = 
 
 @safeguards
 def test_epsilon_of_the_outer_product_is_in_the_feedback_alone(safeguard, monkeypatch):
-    """The documented approximation: V_hh = z_h z_hᵀ + ε diag(σ'²) in the feedback; neither c nor z knows ε."""
+    """The documented approximation: V_hh = z_h z_hᵀ + ε diag(σ'²) in the feedback; c and z know no ε."""
     epsilon, dx_seed, policies, zs = 0.25, 11, {}, {}
     for reg in (0.0, epsilon):
         found: list[Tensor] = []

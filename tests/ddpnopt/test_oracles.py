@@ -33,7 +33,7 @@ ORACLES = {"cross_entropy": dense.cross_entropy}
 
 # Shrinking would take minutes by the oracle, and the problems are small as they are.
 few = settings(
-    max_examples=4, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+    max_examples=6, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
 )
 cases = pytest.mark.parametrize("name", FEEDBACKS)
 activations = pytest.mark.parametrize("activation", sorted(ACTIVATIONS))

@@ -18,7 +18,6 @@ from torch import nn
 from ddpnopt.config import OptimizerConfig, RunConfig
 from ddpnopt.datasets.load import load
 from ddpnopt.errors import ConfigError
-from ddpnopt.layers.losses import LOSSES
 from ddpnopt.linalg import bmm
 from ddpnopt.pack import engine, rng
 from ddpnopt.pack.engine import BatchStream, Trainer, train
@@ -34,7 +33,12 @@ SHAPES = {
     # Each was a way to lose a bit: odd tails of vector loops, and products with a single row or column.
     "tanh": {"hidden": (10, 10), "dtype": "float32"},
     "tanh, batch of one": {"hidden": (33, 17), "batch_size": 1},
-    "relu, a layer of one": {"hidden": (17, 1, 9), "activation": "relu", "dtype": "float32", "batch_size": 20},
+    "relu, a layer of one": {
+        "hidden": (17, 1, 9),
+        "activation": "relu",
+        "dtype": "float32",
+        "batch_size": 20,
+    },
     "sigmoid": {"hidden": (9, 7, 17), "activation": "sigmoid", "dtype": "float32", "batch_size": 3},
     "sigmoid in float64": {"hidden": (5, 9, 2), "activation": "sigmoid", "batch_size": 7},
     "no hidden layer": {"hidden": (), "activation": "identity", "batch_size": 8},
@@ -98,21 +102,25 @@ def fig4a(steps: int) -> list[RunConfig]:
     return [run(optimizer, seed, **shape) for seed in range(10) for optimizer in optimizers]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_200_runs_of_fig_4a_packed_are_those_one_at_a_time(threads, fig4a_alone):
-    runs = fig4a(steps=30)
-    assert len(runs) == 200
-    torch.set_num_threads(threads)
-    for size in (64, 200):
-        packs = [runs[i : i + size] for i in range(0, len(runs), size)]
-        packed = [result for pack in packs for result in results(pack)]
-        assert [bits(result) for result in packed] == fig4a_alone
-
-
 @pytest.fixture(scope="module")
 def fig4a_alone():
-    torch.set_num_threads(1)
     return [bits(results([one])[0]) for one in fig4a(steps=30)]
+
+
+@pytest.mark.parametrize("size", [64, 200])
+def test_the_200_runs_of_fig_4a_packed_are_those_one_at_a_time(size, fig4a_alone):
+    runs = fig4a(steps=30)
+    assert len(runs) == 200
+    packs = [runs[i : i + size] for i in range(0, len(runs), size)]
+    packed = [result for pack in packs for result in results(pack)]
+    assert [bits(result) for result in packed] == fig4a_alone
+
+
+def test_two_threads_give_what_one_gives(fig4a_alone):
+    """In a pack so large that elementwise operations are divided among threads."""
+    runs = fig4a(steps=30)[::4]
+    torch.set_num_threads(2)
+    assert [bits(result) for result in results(runs)] == fig4a_alone[::4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -238,7 +246,8 @@ def test_the_last_finite_loss_is_that_of_the_batch_before():
 
 
 def test_several_leave_at_once_and_one_by_one():
-    poison = {(2, 1): np.nan, (2, 9): np.inf, (4, 0): np.nan, (5, 3): np.nan, (10, 25): np.nan}
+    group = len(OPTIMIZERS)  # of two members, both of which go
+    poison = {(2, 1): np.nan, (2, 9): np.inf, (4, 0): np.nan, (5, 3): np.nan, (10, 3 + group): np.nan}
     found = trained_by_hand(ALL, poison)
     gone = {index for _, index in poison}
     assert {result.index for result in found if result.state == "diverged"} == gone
@@ -247,11 +256,11 @@ def test_several_leave_at_once_and_one_by_one():
     assert [bits(found[i]) for i in stayed] == [bits(expected[i]) for i in stayed]
 
 
-def test_a_metric_that_is_not_finite_ends_its_run(monkeypatch):
+def test_a_metric_that_is_not_finite_ends_its_run():
     """All weights and batch losses are finite, the loss over the test set is not."""
-    far = replace(DATA, test_inputs=DATA.test_inputs * np.where(np.arange(30) == 7, 1e300, 1.0)[:, None])
-    shape = {"hidden": (), "activation": "identity"}
-    (found,) = results([run(sgd(), **shape)], replace(far, test_inputs=far.test_inputs * 1e8))
+    far = DATA.test_inputs.copy()
+    far[7] = np.inf
+    (found,) = results([run(sgd())], replace(DATA, test_inputs=far))
     assert found.divergence is not None
     assert (found.divergence.step, found.divergence.quantity) == (0, "test_loss")
     assert found.curve_steps.tolist() == []
@@ -341,7 +350,9 @@ def test_metrics_are_those_of_a_plain_evaluation():
     """On more samples than are evaluated at once, with an odd rest."""
     data = load("digits")
     assert len(data.train_targets) % engine.EVAL_CHUNK > 0
-    runs = [run(optimizer, dataset="digits", steps=20, eval_every=5) for optimizer in (sgd(0.3), ddpnopt(0.3))]
+    runs = [
+        run(optimizer, dataset="digits", steps=20, eval_every=5) for optimizer in (sgd(0.3), ddpnopt(0.3))
+    ]
     trainer = Trainer(runs, data, CPU)
     for _ in updates(trainer, 20):
         pass
@@ -372,13 +383,6 @@ def test_the_digest_is_of_the_final_weights():
         pass
     weights = b"".join(u[0].numpy().tobytes() for u in trainer.stack.controls)
     assert digests[0] == hashlib.sha256(weights).hexdigest()
-
-
-def test_the_last_step_of_training_lowers_what_the_curves_show():
-    (result,) = results([run(sgd(0.3), steps=100, eval_every=50)], DATA)
-    start, _, end = result.curves["train_loss"]
-    assert end < start
-    assert LOSSES.keys() == {"cross_entropy"}
 
 
 # --- what is refused ---

@@ -25,14 +25,16 @@ SWEEPS = "/api/v1/sweeps"
 @pytest.fixture
 def client(engine: Engine) -> Iterator[TestClient]:
     url = engine.url.render_as_string(hide_password=False)
-    with TestClient(create_app(Settings(database_url=url)), raise_server_exceptions=False) as client:
+    app = create_app(Settings(database_url=url))
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture
 def sqlite_client(sqlite_engine: Engine) -> Iterator[TestClient]:
     url = sqlite_engine.url.render_as_string()
-    with TestClient(create_app(Settings(database_url=url)), raise_server_exceptions=False) as client:
+    app = create_app(Settings(database_url=url))
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client
 
 
@@ -276,7 +278,10 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
 
 
 def test_a_page_elsewhere_cannot_reach_it_under_its_own_name(sqlite_client: TestClient) -> None:
-    assert sqlite_client.get(SWEEPS, headers={"Host": "evil.example"}).status_code == 400
+    for host in ("evil.example", "127.0.0.1.evil.example", ""):
+        assert sqlite_client.get(SWEEPS, headers={"Host": host}).status_code == 400
+    for host in ("localhost:8321", "127.0.0.1:1", "[::1]:8321"):
+        assert sqlite_client.get(SWEEPS, headers={"Host": host}).status_code == 200
 
 
 def test_pages(client: TestClient, engine: Engine, small_spec: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from service import processes
+from service.dispatch.main import EXIT_LOST
 from service.errors import SetupError
 from service.processes import Child
 
@@ -52,7 +53,7 @@ def live_and_die(child: Child, now: list[float], code: int, after: float) -> flo
 def test_a_child_that_is_killed_comes_back_as_often_as_that_happens(now: list[float]) -> None:
     deaths: list[str] = []
     child = Child("dispatcher", lambda: [], lambda: deaths.append("x"))
-    delays = [live_and_die(child, now, -signal.SIGKILL, 1.0) for _ in range(12)]
+    delays = [live_and_die(child, now, code, 1.0) for code in 6 * (-signal.SIGKILL, EXIT_LOST)]
     assert len(deaths) == 12
     assert delays[:4] == pytest.approx([0.5, 1.0, 2.0, 4.0])
     assert max(delays) == pytest.approx(processes.LONGEST_DELAY_S)

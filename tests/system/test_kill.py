@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +29,6 @@ SPEC: dict[str, Any] = {
 
 
 def submit(client: Client, **changes: Any) -> str:
-    import json
-
     return str(client.submit(json.dumps(SPEC | changes).encode(), "application/json")["id"])
 
 
@@ -72,6 +72,24 @@ def test_kill_the_dispatcher_in_mid_sweep(fragile_service: Running) -> None:
         assert (last["state"], last["progress"]["runs_done"]) == ("completed", 120)
         recorded_once(fragile_service, sweep_id)
         assert digests(client, sweep_id) == digests(client, undisturbed)
+
+
+@pytest.mark.parametrize("part", ["gcs_server", "raylet"])
+def test_kill_a_part_of_ray_in_mid_sweep(fragile_service: Running, part: str) -> None:
+    with Client(fragile_service.url) as client:
+        sweep_id = submit(client, training=SPEC["training"] | {"steps": 800})
+        wait_until_training(client, sweep_id)
+        dispatcher = fragile_service.child("dispatcher")
+        (victim,) = [pid for pid in descendants(dispatcher) if executable(pid) == part]
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: fragile_service.child("dispatcher") != dispatcher, 90)
+        last = list(client.watch(sweep_id))[-1]
+        assert (last["state"], last["progress"]["runs_done"]) == ("completed", 120)
+        recorded_once(fragile_service, sweep_id)
+
+
+def executable(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode().rpartition("/")[2]
 
 
 def test_kill_everything_and_start_again(fragile_service: Running) -> None:
