@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query
 
 from service.http import Reading
 from service.results import queries
-from service.results.schemas import CurveOut, CurvesOut, HeatmapOut, RunOut, RunPage
+from service.results.schemas import CurvesOut, RunOut, RunPage
+from service.results.statistics import Heatmap
 
 router = APIRouter(prefix="/api/v1/sweeps/{sweep_id}", tags=["results"])
 
@@ -40,9 +41,9 @@ def get_heatmap(
     metric: Metric = "train_loss",
     baseline: Baseline = None,
     grid: Grid = None,
-) -> HeatmapOut:
+) -> Heatmap:
     """Compare DDPNOpt with its baseline in every cell, from the results that are there."""
-    return HeatmapOut.model_validate(queries.heatmap(connection, sweep_id, metric, baseline, grid))
+    return queries.heatmap(connection, sweep_id, metric, baseline, grid)
 
 
 @router.get("/curves")
@@ -56,4 +57,4 @@ def get_curves(
 ) -> CurvesOut:
     """Return the metric over the steps of every run of a grid that has ended."""
     found = queries.curve_list(connection, sweep_id, metric, baseline, grid, limit)
-    return CurvesOut(sweep_id=sweep_id, metric=metric, curves=[CurveOut.model_validate(c) for c in found])
+    return CurvesOut(sweep_id=sweep_id, metric=metric, curves=found)

@@ -87,6 +87,9 @@ class Cell:
 class Heatmap:
     """A panel: rows are learning rates, columns V_xx regularisations; cells row by row.
 
+    `improvement` is positive where DDPNOpt is better: baseline − DDPNOpt for a loss, DDPNOpt − baseline for
+    an accuracy (percent points).
+
     Attributes:
         name: of the sweep.
         grid: position in the spec.

@@ -139,7 +139,7 @@ def test_sweeps_are_listed_newest_first_in_pages(client: TestClient, small_spec:
     assert seen == ids[::-1]
 
 
-def problem(answer: Any, status: int) -> dict[str, Any]:
+def check_problem(answer: Any, status: int) -> dict[str, Any]:
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "application/problem+json"
     document: dict[str, Any] = answer.json()
@@ -153,7 +153,7 @@ def test_a_bad_spec_is_a_422_and_nothing_is_stored(
     sqlite_client: TestClient, small_spec: dict[str, Any], path: str
 ) -> None:
     small_spec["grids"][0]["learning_rate"] = [0.1, -0.2]
-    document = problem(sqlite_client.post(path, json=small_spec), 422)
+    document = check_problem(sqlite_client.post(path, json=small_spec), 422)
     (error,) = document["errors"]
     assert error == {
         "field": "grids[0].learning_rate[1]",
@@ -178,14 +178,14 @@ def test_a_bad_spec_is_a_422_and_nothing_is_stored(
 )
 def test_bad_bodies(sqlite_client: TestClient, content: bytes, media: str, field: str) -> None:
     answer = sqlite_client.post(SWEEPS, content=content, headers={"Content-Type": media})
-    assert field in [error["field"] for error in problem(answer, 422)["errors"]]
+    assert field in [error["field"] for error in check_problem(answer, 422)["errors"]]
 
 
 def test_a_huge_body_is_not_read(sqlite_client: TestClient) -> None:
     answer = sqlite_client.post(
         SWEEPS, content=b" " * (MAX_BODY_BYTES + 1), headers={"Content-Type": "application/json"}
     )
-    problem(answer, 413)
+    check_problem(answer, 413)
 
 
 @pytest.mark.parametrize(
@@ -210,18 +210,18 @@ def test_a_huge_body_is_not_read(sqlite_client: TestClient) -> None:
 )
 def test_bad_queries(client: TestClient, small_spec: dict[str, Any], path: str, status: int) -> None:
     sweep_id = client.post(SWEEPS, json=small_spec).json()["id"]
-    problem(client.get(path.replace("ID", sweep_id)), status)
+    check_problem(client.get(path.replace("ID", sweep_id)), status)
 
 
 def test_a_wrong_method_is_a_problem_too(sqlite_client: TestClient) -> None:
-    problem(sqlite_client.delete(SWEEPS), 405)
+    check_problem(sqlite_client.delete(SWEEPS), 405)
 
 
 def test_several_grids_must_be_told_apart(sqlite_client: TestClient, small_spec: dict[str, Any]) -> None:
     second = small_spec["grids"][0] | {"ddpnopt": {"safeguard": "psd"}, "learning_rate": [0.2]}
     small_spec["grids"].append(second)
     sweep_id = sqlite_client.post(SWEEPS, json=small_spec).json()["id"]
-    document = problem(sqlite_client.get(f"{SWEEPS}/{sweep_id}/heatmap?baseline=sgd"), 422)
+    document = check_problem(sqlite_client.get(f"{SWEEPS}/{sweep_id}/heatmap?baseline=sgd"), 422)
     assert document["errors"][0]["allowed"] == "one of 0, 1, since several grids fit"
     assert sqlite_client.get(f"{SWEEPS}/{sweep_id}/heatmap?grid=1").json()["learning_rate"] == [0.2]
 
@@ -235,7 +235,7 @@ def test_a_database_that_is_away_is_a_503(sqlite_client: TestClient) -> None:
     event.listen(engine, "before_cursor_execute", refuse)
     for path in (SWEEPS, "/readyz"):
         answer = sqlite_client.get(path)
-        problem(answer, 503)
+        check_problem(answer, 503)
         assert answer.headers["Retry-After"]
     event.remove(engine, "before_cursor_execute", refuse)
     assert sqlite_client.get("/readyz").json() == {"status": "ready"}
@@ -248,7 +248,7 @@ def test_an_unforeseen_error_is_a_500_that_tells_nothing(
         raise ZeroDivisionError("a secret")
 
     monkeypatch.setattr("service.sweeps.queries.newest", broken)
-    assert "secret" not in json.dumps(problem(sqlite_client.get(SWEEPS), 500))
+    assert "secret" not in json.dumps(check_problem(sqlite_client.get(SWEEPS), 500))
 
 
 def test_health(client: TestClient) -> None:
