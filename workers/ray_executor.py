@@ -66,6 +66,7 @@ class _Probe:
         self._node = ray.get_runtime_context().get_node_id()
         self._answered = time.monotonic()
         self._alive = True
+        self._stopped = threading.Event()
         self.cpus = 0
         self._look()
         threading.Thread(target=self._ask, name="ray-probe", daemon=True).start()
@@ -76,9 +77,12 @@ class _Probe:
         self._alive = any(node["NodeID"] == self._node for node in nodes)
         self._answered = time.monotonic()
 
+    def stop(self) -> None:
+        """Ask no more."""
+        self._stopped.set()
+
     def _ask(self) -> None:
-        while self._alive:
-            time.sleep(PROBE_EVERY_S)
+        while self._alive and not self._stopped.wait(PROBE_EVERY_S):
             try:
                 self._look()
             except Exception as error:
@@ -189,6 +193,7 @@ class RayExecutor:
 
     def close(self) -> None:
         """See `Executor`."""
+        self._probe.stop()
         self._attempts.clear()
         self._idle.clear()
         ray.shutdown()

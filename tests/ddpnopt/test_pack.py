@@ -178,20 +178,22 @@ def test_a_run_that_blows_up_is_diverged_and_alone_in_that(place):
     assert bits(wild) == bits(results([WILD], DATA)[0])
 
 
-def trained_by_hand(runs: list[RunConfig], poison: dict[tuple[int, int], float]) -> tuple[RunResult, ...]:
-    """Train as `train` does; `poison` puts a number into a weight of a run after an update.
+def poison(trainer: Trainer, index: int, number: float) -> None:
+    """Put a number into a bias of the last layer of a run, so that every sample meets it."""
+    row = trainer.stack.index.tolist().index(index)
+    with torch.inference_mode():
+        trainer.stack.controls[-1][row, 0, -1] = number
 
-    Its keys are (update, run); the weight is one of the last layer's, so that every sample meets it.
-    """
+
+def trained_by_hand(runs: list[RunConfig], poisons: dict[tuple[int, int], float]) -> tuple[RunResult, ...]:
+    """Train as `train` does, putting numbers into runs' weights; the keys are (after update, run)."""
     trainer, training = Trainer(runs, DATA, CPU), runs[0].training
     with torch.inference_mode():
         trainer.take_metrics(0)
     for step in updates(trainer, training.steps):
-        for (update, index), number in poison.items():
+        for (update, index), number in poisons.items():
             if update == step:
-                row = trainer.stack.index.tolist().index(index)
-                with torch.inference_mode():
-                    trainer.stack.controls[-1][row, 0, -1] = number
+                poison(trainer, index, number)
         if step % training.eval_every == 0 or step == training.steps:
             with torch.inference_mode():
                 trainer.take_metrics(step)
@@ -233,23 +235,69 @@ def test_a_poisoned_member_diverges_at_once_and_leaves_the_others_alone(
         assert poisoned.curves[name].tolist() == healthy.curves[name][: len(before)].tolist()
 
 
+def plain_logits(controls: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Run one tanh net forward by torch's own layers."""
+    for u in controls[:-1]:
+        x = torch.tanh(nn.functional.linear(x, u[:, :-1], u[:, -1]))
+    return nn.functional.linear(x, controls[-1][:, :-1], controls[-1][:, -1])
+
+
 def test_the_last_finite_loss_is_that_of_the_batch_before():
+    trainer, index = Trainer(ALL, DATA, CPU), 3
+    for step in updates(trainer, 7):
+        if step == 5:
+            row = trainer.stack.index.tolist().index(index)
+            rows = rng.epoch_batches(ALL[index].seed, 5 // 3, 60, 16)[5 % 3]
+            logits = plain_logits(
+                [u[row] for u in trainer.stack.controls], torch.from_numpy(DATA.train_inputs[rows])
+            )
+            expected = float(nn.functional.cross_entropy(logits, torch.from_numpy(DATA.train_targets[rows])))
+        if step == 6:
+            poison(trainer, index, np.nan)
+    assert trainer.diverged[index].step == 7
+    assert trainer.diverged[index].last_finite == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_last_finite_loss_is_the_runs_own_after_another_has_left():
     trainer = Trainer(ALL, DATA, CPU)
-    losses = {}
-    for step in updates(trainer, 6):
-        assert trainer.last_loss is not None
-        losses[step] = dict(zip(trainer.stack.index.tolist(), trainer.last_loss.tolist(), strict=True))
-    (poisoned,) = [r for r in trained_by_hand(ALL, {(2, 4): np.nan, (6, 3): np.nan}) if r.index == 3]
-    assert poisoned.divergence is not None
-    assert poisoned.divergence.step == 7
-    assert poisoned.divergence.last_finite == losses[6][3]
+    for step in updates(trainer, 2):
+        if step == 1:
+            losses = dict(zip(trainer.stack.index.tolist(), trainer.last_loss.tolist(), strict=True))
+            poison(trainer, 0, np.nan)
+            with torch.inference_mode():
+                trainer.take_metrics(1)
+            assert trainer.diverged[0].quantity == "weights"
+            for index in range(1, len(ALL)):
+                poison(trainer, index, np.nan)
+    assert {i: d.last_finite for i, d in trainer.diverged.items() if i > 0} == {
+        i: loss for i, loss in losses.items() if i > 0
+    }
+
+
+def test_runs_that_fail_different_metrics_at_one_point_keep_them_apart():
+    """Loss over the training set for one, over the test set alone for others; the rest go on."""
+    far = DATA.test_inputs.copy()
+    far[7] = 1e30
+    runs = [run(sgd(), seed, hidden=(), dtype="float32") for seed in range(6)]
+    trainer = Trainer(runs, replace(DATA, test_inputs=far), CPU)
+    with torch.inference_mode():
+        trainer.stack.controls[0][1] *= 1e38
+        trainer.stack.controls[0][3] *= 1e10
+        trainer.stack.controls[0][4] *= 1e10
+        trainer.take_metrics(0)
+    assert {i: d.quantity for i, d in trainer.diverged.items()} == {
+        1: "train_loss",
+        3: "test_loss",
+        4: "test_loss",
+    }
+    assert trainer.stack.index.tolist() == [0, 2, 5]
 
 
 def test_several_leave_at_once_and_one_by_one():
     group = len(OPTIMIZERS)  # of two members, both of which go
-    poison = {(2, 1): np.nan, (2, 9): np.inf, (4, 0): np.nan, (5, 3): np.nan, (10, 3 + group): np.nan}
-    found = trained_by_hand(ALL, poison)
-    gone = {index for _, index in poison}
+    poisons = {(2, 1): np.nan, (2, 9): np.inf, (4, 0): np.nan, (5, 3): np.nan, (10, 3 + group): np.nan}
+    found = trained_by_hand(ALL, poisons)
+    gone = {index for _, index in poisons}
     assert {result.index for result in found if result.state == "diverged"} == gone
     expected = results(ALL, DATA)
     stayed = [i for i in range(len(ALL)) if i not in gone]
@@ -364,11 +412,9 @@ def test_metrics_are_those_of_a_plain_evaluation():
         for part, names in (("train", METRICS[:2]), ("test", METRICS[2:])):
             x = torch.from_numpy(getattr(data, f"{part}_inputs"))
             y = torch.from_numpy(getattr(data, f"{part}_targets"))
-            for t, u in enumerate(own):
-                x = nn.functional.linear(x, u[:, :-1], u[:, -1])
-                x = x if t == len(own) - 1 else torch.tanh(x)
-            loss = float(nn.functional.cross_entropy(x, y))
-            accuracy = 100 * float((x.argmax(-1) == y).double().mean())
+            logits = plain_logits(own, x)
+            loss = float(nn.functional.cross_entropy(logits, y))
+            accuracy = 100 * float((logits.argmax(-1) == y).double().mean())
             assert result.metrics[names[0]] == pytest.approx(loss, rel=1e-12)
             assert result.metrics[names[1]] == pytest.approx(accuracy, rel=1e-12)
 
