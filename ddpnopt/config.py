@@ -22,6 +22,8 @@ Method = Literal["baseline", "ddpnopt"]
 Safeguard = Literal["clamp", "psd"]
 TerminalHessian = Literal["exact", "gauss_newton"]
 
+EVAL_CHUNK: Final = 512
+"""Samples that metrics are taken on at once: fixed, since the order of a sum is part of its bits."""
 MAX_WIDTH: Final = 8192
 MAX_DEPTH: Final = 64
 MAX_STEPS: Final = 10_000_000

@@ -15,7 +15,7 @@ from service.config import Settings
 from service.dashboard import pages
 from service.db import schema
 from service.db.engine import open_engine
-from service.http import Reading, install_handlers
+from service.http import Problem, Reading, install_handlers, problems
 from service.results import endpoints as results
 from service.sweeps import endpoints as sweeps
 from service.sweeps.spec import SweepSpec
@@ -53,7 +53,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(router)
     pages.mount_static(app)
     app.add_api_route("/healthz", _healthz, tags=["health"])
-    app.add_api_route("/readyz", _readyz, tags=["health"])
+    app.add_api_route("/readyz", _readyz, tags=["health"], responses=problems(503))
     _publish_spec(app)
     return app
 
@@ -80,6 +80,11 @@ def _publish_spec(app: FastAPI) -> None:
             spec = SweepSpec.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(spec.pop("$defs"))
             schemas["SweepSpec"] = spec
+            problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(problem.pop("$defs"))
+            schemas["Problem"] = problem
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

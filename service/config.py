@@ -9,6 +9,7 @@ from typing import Final
 from platformdirs import user_data_path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import URL
 
 from service.errors import SetupError
 
@@ -31,7 +32,7 @@ class Settings(BaseSettings):
             use it; for a trusted proxy or a container network in front.
     """
 
-    model_config = SettingsConfigDict(env_prefix="DDPSWEEP_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="DDPSWEEP_", extra="ignore", env_ignore_empty=True)
 
     url: str = f"http://127.0.0.1:{DEFAULT_PORT}"
     home: Path = Field(default_factory=lambda: user_data_path("ddpsweep"))
@@ -41,11 +42,12 @@ class Settings(BaseSettings):
     allow_unauthenticated: bool = False
     allowed_hosts: str = "127.0.0.1,localhost,[::1]"
 
-    def resolved_database_url(self) -> str:
+    def resolved_database_url(self) -> str | URL:
         """Return the database's URL with its password in it: for the engine, never for a log."""
         if self.database_url is not None:
             return self.database_url.get_secret_value()
-        return f"sqlite:///{self.home.expanduser().resolve() / 'ddpsweep.db'}"
+        # Not pasted into a string: a path may have % or ? in it.
+        return URL.create("sqlite", database=str(self.home.expanduser().resolve() / "ddpsweep.db"))
 
     def make_home(self) -> Path:
         """Create the home folder, readable by this user alone.

@@ -136,11 +136,15 @@ class Child:
         self.died()
         self.restart_at = now + min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** (self.deaths - 1))
 
+    def ask_to_stop(self) -> None:
+        """Ask the process to end."""
+        if self.process is not None:
+            self.process.terminate()
+
     def stop(self) -> None:
-        """End the process: ask, wait, and then insist."""
+        """Wait for the process to end, and then insist."""
         if self.process is None:
             return
-        self.process.terminate()
         try:
             self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -203,7 +207,9 @@ class Supervisor:
                     child.look(read_end)
                 self._stop.wait(0.2)
         finally:
-            for child in reversed(self.children):
+            for child in self.children:
+                child.ask_to_stop()
+            for child in self.children:
                 child.stop()
             for end in (read_end, write_end):
                 os.close(end)

@@ -21,6 +21,9 @@ class PackActor:
     def __init__(self, threads: int = 1) -> None:
         torch.set_num_threads(threads)
 
+    def ping(self) -> None:
+        """Answer."""
+
     def train(self, task: PackTask) -> Iterator[PackEvent]:
         """Stream the events of one attempt."""
         yield from run_pack(task)

@@ -32,9 +32,11 @@ OBJECT_STORE_BYTES: Final = 256 * 2**20
 PROBE_EVERY_S: Final = 2.0
 SILENCE_S: Final = 12.0
 NOTICE_S: Final = 5.0
+PING_S: Final = 2.0
 
-SECRETS: Final = ("DDPSWEEP_DATABASE_URL", "DDPSWEEP_TOKEN", "PGPASSWORD", "POSTGRES_PASSWORD")
-"""Never in the environment of Ray's processes: workers inherit it."""
+SECRETS: Final = ("DDPSWEEP_", "PG", "POSTGRES_")
+"""How variables begin that are none of Ray's business: workers inherit the environment of its processes."""
+NO_SECRETS: Final = frozenset({"DDPSWEEP_DATA"})
 
 
 @dataclass(slots=True)
@@ -47,7 +49,8 @@ class _Attempt:
 @contextmanager
 def _private_environment() -> Iterator[None]:
     """Start Ray's processes without secrets, and with files that only this user reads."""
-    hidden = {name: os.environ.pop(name) for name in SECRETS if name in os.environ}
+    secret = {name for name in os.environ if name.startswith(SECRETS)} - NO_SECRETS
+    hidden = {name: os.environ.pop(name) for name in secret}
     before = os.umask(0o077)
     try:
         yield
@@ -152,7 +155,7 @@ class RayExecutor:
 
     def submit(self, task: PackTask) -> None:
         """See `Executor`."""
-        actor = self._idle.pop() if self._idle else self._actor_class.remote()
+        actor = self._free_actor()
         events = actor.train.options(num_returns="streaming").remote(task)
         self._attempts[task.pack_id, task.attempt] = _Attempt(task, actor, events)
 
@@ -166,24 +169,45 @@ class RayExecutor:
         if ready:
             # One has something to say; ask all, so that a talkative pack cannot silence the others.
             ready, _ = ray.wait(list(streams), num_returns=len(streams), timeout=0, fetch_local=False)
-        return [event for stream in ready if (event := self._next_event(streams[stream])) is not None]
-
-    def _next_event(self, attempt: _Attempt) -> PackEvent | None:
-        key = (attempt.task.pack_id, attempt.task.attempt)
-        try:
-            event: PackEvent = ray.get(next(attempt.events))
-        except (RayError, StopIteration) as error:
+        events: list[PackEvent] = []
+        lost: list[tuple[_Attempt, Exception]] = []
+        for stream in ready:
+            try:
+                events.append(self._next_event(streams[stream]))
+            except (RayError, StopIteration) as error:
+                lost.append((streams[stream], error))
+        if lost:
+            # Once for all of them: leases have to be renewed meanwhile.
             self._probe.check(after_a_loss=True)
-            log.warning("pack %d, attempt %d: the worker was lost: %r", *key, error)
-            del self._attempts[key]
-            ray.kill(attempt.actor)
-            return PackFailed(
-                *key, f"worker lost: {type(error).__name__}", str(error)[-8000:], retryable=True
-            )
+        return [*events, *(self._worker_lost(attempt, error) for attempt, error in lost)]
+
+    def _next_event(self, attempt: _Attempt) -> PackEvent:
+        event: PackEvent = ray.get(next(attempt.events))
         if not isinstance(event, PackProgress):
-            del self._attempts[key]
+            del self._attempts[attempt.task.pack_id, attempt.task.attempt]
             self._idle.append(attempt.actor)
         return event
+
+    def _worker_lost(self, attempt: _Attempt, error: Exception) -> PackFailed:
+        key = (attempt.task.pack_id, attempt.task.attempt)
+        log.warning("pack %d, attempt %d: the worker was lost: %r", *key, error)
+        del self._attempts[key]
+        ray.kill(attempt.actor)
+        reason = f"worker lost: {type(error).__name__}"
+        return PackFailed(*key, reason, str(error)[-8000:], retryable=True)
+
+    def _free_actor(self) -> Any:
+        """Return an idle actor that still lives, or a new one: a dead one would cost the pack an attempt."""
+        while self._idle:
+            actor = self._idle.pop()
+            try:
+                ray.get(actor.ping.remote(), timeout=PING_S)
+            except RayError as error:
+                log.warning("an idle worker was lost: %r", error)
+                ray.kill(actor)
+            else:
+                return actor
+        return self._actor_class.remote()
 
     def cancel(self, pack_id: int, attempt: int) -> None:
         """See `Executor`. The worker's process is ended: a tensor program in C++ answers nothing milder."""

@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpnopt.config import RunConfig
+from ddpnopt.config import EVAL_CHUNK, RunConfig
 from ddpnopt.datasets.load import Dataset, load
 from ddpnopt.errors import ConfigError
 from ddpnopt.layers.activations import Activation
@@ -36,9 +35,6 @@ from ddpnopt.results import (
     RunResult,
     non_finite_kind,
 )
-
-EVAL_CHUNK: Final = 512
-"""Samples evaluated at once: fixed, since the order of a sum is part of its bits."""
 
 
 def train(

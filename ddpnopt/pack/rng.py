@@ -22,7 +22,7 @@ class Stream(IntEnum):
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
     """Return the generator of a seed's stream, at a place in it that `key` names."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(stream), *key])))
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(stream), *key))))
 
 
 def initial_controls(seed: int, widths: tuple[int, ...]) -> list[NDArray[np.float64]]:

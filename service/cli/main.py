@@ -233,6 +233,8 @@ def _write(to: Path, save: Any) -> None:
         draft.replace(to)
     except OSError as error:
         fail(f"--out: {to} cannot be written: {error.strerror}", 1)
+    finally:
+        draft.unlink(missing_ok=True)
     print(to)
 
 

@@ -57,7 +57,12 @@ class Client:
     def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/")
         self._http = httpx.Client(
-            base_url=self.url, transport=transport, timeout=60.0, headers={"Accept": "application/json"}
+            base_url=self.url,
+            transport=transport,
+            timeout=60.0,
+            headers={"Accept": "application/json"},
+            # A proxy of the environment does not reach this machine's own loopback.
+            trust_env=not _is_loopback(self.url),
         )
 
     def __enter__(self) -> Self:
@@ -84,11 +89,11 @@ class Client:
 
     def sweep(self, sweep_id: str) -> dict[str, Any]:
         """Return one sweep."""
-        return self._get(f"/api/v1/sweeps/{sweep_id}")
+        return self._get(_path(sweep_id))
 
     def heatmap_json(self, sweep_id: str, **query: Any) -> dict[str, Any]:
         """Return a panel as the API answers it; query: metric, baseline, grid."""
-        return self._get(f"/api/v1/sweeps/{sweep_id}/heatmap", **query)
+        return self._get(f"{_path(sweep_id)}/heatmap", **query)
 
     def heatmap(self, sweep_id: str, **query: Any) -> Heatmap:
         """Return a panel."""
@@ -98,7 +103,7 @@ class Client:
         """Yield every run of a sweep, page by page."""
         after: int | None = 0
         while after is not None:
-            page = self._get(f"/api/v1/sweeps/{sweep_id}/runs", after=after, limit=1000)
+            page = self._get(f"{_path(sweep_id)}/runs", after=after, limit=1000)
             yield from page["runs"]
             after = page["next"]
 
@@ -139,6 +144,17 @@ class Client:
                     return _answer(response)
             time.sleep(0.3 * attempt)
         raise AssertionError("unreachable")
+
+
+def _path(sweep_id: str) -> str:
+    if not (sweep_id.isascii() and sweep_id.isalnum()):
+        raise Refused({"detail": f"no sweep {sweep_id!r}: an id has letters and digits alone"})
+    return f"/api/v1/sweeps/{sweep_id}"
+
+
+def _is_loopback(url: str) -> bool:
+    host = httpx.URL(url).host
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _answer(response: httpx.Response) -> dict[str, Any]:

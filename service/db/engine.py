@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, Select, create_engine, event
+from sqlalchemy import URL, Connection, Engine, Select, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import Double
@@ -17,6 +17,9 @@ from sqlalchemy.types import Double
 from service.errors import SetupError
 
 BUSY_TIMEOUT_S: Final = 30
+TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "57"})
+"""PostgreSQL's connection exceptions, rollbacks, lack of resources, interventions by the operator."""
+LOCK_NOT_AVAILABLE: Final = "55P03"
 WRITER: Final = "ddpsweep_writer"
 
 K = TypeVar("K")
@@ -55,7 +58,7 @@ def sqlite_module() -> Any:
     return bundled if bundled.sqlite_version_info >= sqlite3.sqlite_version_info else sqlite3
 
 
-def open_engine(url: str) -> Engine:
+def open_engine(url: str | URL) -> Engine:
     """Return an engine for SQLite or PostgreSQL.
 
     Raises:
@@ -67,12 +70,17 @@ def open_engine(url: str) -> Engine:
             return _sqlite_engine(url)
         if backend == "postgresql":
             return create_engine(url, pool_pre_ping=True)
-    except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        raise SetupError(f"DDPSWEEP_DATABASE_URL cannot be used: {type(error).__name__}: {error}") from error
+    except (NoSuchModuleError, ImportError) as error:
+        raise SetupError(f"DDPSWEEP_DATABASE_URL cannot be used: {error}") from error
+    except (ArgumentError, ValueError) as error:
+        # Without the error's own words: they may hold the password.
+        raise SetupError(
+            "DDPSWEEP_DATABASE_URL is not a URL; allowed: sqlite:///…, postgresql://…"
+        ) from error
     raise SetupError(f"DDPSWEEP_DATABASE_URL: got a {backend} URL; allowed: sqlite:///…, postgresql://…")
 
 
-def _sqlite_engine(url: str) -> Engine:
+def _sqlite_engine(url: str | URL) -> Engine:
     engine = create_engine(url, module=sqlite_module(), connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
@@ -114,8 +122,12 @@ def columns(connection: Connection, query: Select[K, V]) -> dict[K, V]:
 
 def is_transient(error: DBAPIError) -> bool:
     """Tell whether the same statement may succeed later: a lost connection, a locked or full database."""
+    if error.connection_invalidated:
+        return True
+    if code := getattr(error.orig, "sqlstate", None):
+        return code[:2] in TRANSIENT_CLASSES or code == LOCK_NOT_AVAILABLE
+    if not isinstance(error, OperationalError):
+        return False
+    # SQLite has no codes, nor has an error of connecting.
     text = str(error.orig).lower()
-    return error.connection_invalidated or any(
-        word in text
-        for word in ("locked", "busy", "disk is full", "connection", "terminating", "starting up")
-    )
+    return any(word in text for word in ("locked", "busy", "disk", "unable to open", "connect"))

@@ -210,7 +210,8 @@ def reap(connection: Connection) -> int:
         )
         .returning(packs.c.sweep_id)
     ).all()
-    for (sweep_id,) in set(rows):
+    # In order: two reapers that settle the same sweeps must not wait for each other.
+    for sweep_id in sorted({row.sweep_id for row in rows}):
         settle(connection, sweep_id)
     return len(rows)
 

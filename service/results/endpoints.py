@@ -6,12 +6,12 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Query
 
-from service.http import Reading
+from service.http import Reading, problems
 from service.results import queries
 from service.results.schemas import CurvesOut, RunOut, RunPage
 from service.results.statistics import Heatmap
 
-router = APIRouter(prefix="/api/v1/sweeps/{sweep_id}", tags=["results"])
+router = APIRouter(prefix="/api/v1/sweeps/{sweep_id}", tags=["results"], responses=problems(404, 422, 503))
 
 MAX_RUNS: Final = 1000
 MAX_CURVES: Final = 2000

@@ -16,6 +16,9 @@ from service.results.statistics import Cell, Heatmap
 
 FORMATS: Final = ("png", "svg", "pdf")
 CELL_INCHES: Final = 0.85
+TITLE_INCHES: Final = 4.2
+LEGEND_INCHES: Final = 6.4
+"""Widths that the words need, however few the cells are."""
 
 
 def save(panels: Sequence[Heatmap], path: Path) -> None:
@@ -28,7 +31,10 @@ def save(panels: Sequence[Heatmap], path: Path) -> None:
     widest = max(len(panel.vxx_reg) for panel in panels)
     tallest = max(len(panel.learning_rate) for panel in panels)
     figure = Figure(
-        figsize=(len(panels) * (CELL_INCHES * widest + 1.7), CELL_INCHES * tallest * 0.8 + 1.4),
+        figsize=(
+            max(LEGEND_INCHES, len(panels) * max(TITLE_INCHES, CELL_INCHES * widest + 1.7)),
+            CELL_INCHES * tallest * 0.8 + 1.4,
+        ),
         layout="constrained",
     )
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -36,7 +42,7 @@ def save(panels: Sequence[Heatmap], path: Path) -> None:
         _draw(figure, ax, panel)
     figure.suptitle(f"{panels[0].name}   ({_seeds(panels[0])})", fontsize=11)
     figure.supxlabel(
-        "positive (blue): DDPNOpt better · in brackets: the 95 % interval holds zero · "
+        "positive (blue): DDPNOpt better · in brackets and pale: not sure · "
         "hatched: diverged runs (baseline|DDPNOpt)",
         fontsize=7,
         color="0.35",
@@ -71,7 +77,8 @@ def _draw(figure: Figure, ax: Axes, panel: Heatmap) -> None:
     ax.set_title(figures.title(panel), fontsize=10)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    figure.colorbar(mpl.cm.ScalarMappable(scale, colours), ax=ax, fraction=0.05, pad=0.02)
+    bar = figure.colorbar(mpl.cm.ScalarMappable(scale, colours), ax=ax, fraction=0.05, pad=0.02)
+    bar.set_label("improvement", fontsize=8)
 
 
 def _draw_cell(ax: Axes, x: int, y: int, cell: Cell, colours: Any, scale: Any, digits: int) -> None:

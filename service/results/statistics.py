@@ -30,11 +30,12 @@ class CellState(StrEnum):
     PENDING = "pending"
     """Not a single pair has ended."""
     BETTER = "better"
-    """The whole interval lies above zero: DDPNOpt is better."""
+    """The whole interval lies above zero: DDPNOpt is better, and did not diverge more often."""
     WORSE = "worse"
-    """The whole interval lies below zero."""
+    """The whole interval lies below zero, and the baseline did not diverge more often."""
     INCONCLUSIVE = "inconclusive"
-    """The interval holds zero, or there are fewer than two pairs or no spread between them."""
+    """The interval holds zero; or there are fewer than two pairs, or no spread between them; or the side that
+    looks better lost more runs to divergence, so that only its survivors are compared."""
     DIVERGED = "diverged"
     """Every pair that has ended had a diverged run in it."""
 
@@ -176,7 +177,7 @@ def _cell(
         ci_low=low,
         ci_high=high,
         p_value=p_value,
-        state=_state(low, high),
+        state=_state(low, high, cell.n_diverged_ddpnopt - cell.n_diverged_baseline),
     )
 
 
@@ -186,13 +187,17 @@ def _interval(differences: np.ndarray) -> tuple[float | None, float | None, floa
         return None, None, None
     test = stats.ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
-    return float(interval.low), float(interval.high), float(test.pvalue)
+    found = float(interval.low), float(interval.high), float(test.pvalue)
+    return found if all(map(np.isfinite, found)) else (None, None, None)
 
 
-def _state(low: float | None, high: float | None) -> CellState:
-    if low is None or high is None or low <= 0 <= high:
-        return CellState.INCONCLUSIVE
-    return CellState.BETTER if low > 0 else CellState.WORSE
+def _state(low: float | None, high: float | None, diverged_more: int) -> CellState:
+    """Judge a cell; `diverged_more` is by how many more runs DDPNOpt diverged than its baseline."""
+    if low is not None and low > 0 and diverged_more <= 0:
+        return CellState.BETTER
+    if high is not None and high < 0 and diverged_more >= 0:
+        return CellState.WORSE
+    return CellState.INCONCLUSIVE
 
 
 def _corrected(panel: list[Cell]) -> tuple[Cell, ...]:

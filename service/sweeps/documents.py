@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, Final, NoReturn
 
 import yaml
@@ -14,6 +14,8 @@ from service.errors import FieldError, InvalidInputError
 from service.sweeps.spec import SweepSpec
 
 SHOWN: Final = 80
+TOLD: Final = 20
+"""Errors that an answer names one by one."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,21 +35,29 @@ class _Loader(yaml.SafeLoader):
         raise InvalidInputError([FieldError(where, value, allowed)])
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                self.refuse(node, f"the key {key!r} twice", "each key once")
+        if (twice := _first_twice(key.value for key, _ in node.value)) is not None:
+            self.refuse(node, f"the key {twice!r} twice", "each key once")
         return super().construct_mapping(node, deep)
 
 
-# Dates are of no use here, and a name that looks like one should stay a name.
+# As in YAML 1.2: no dates, and neither octal 010 nor sexagesimal 1:30 among the numbers.
+_TAG: Final = "tag:yaml.org,2002:"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag[len(_TAG) :] not in ("timestamp", "int", "float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(_TAG + "int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    _TAG + "float",
+    re.compile(
+        r"""^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$
+        |^[-+]?[0-9]+[eE][-+]?[0-9]+$
+        |^[-+]?\.(inf|Inf|INF)$
+        |^\.(nan|NaN|NAN)$""",
+        re.VERBOSE,
+    ),
     list("-+.0123456789"),
 )
 
@@ -62,6 +72,10 @@ def shown(value: object) -> str:
         text = json.dumps(value, default=str, ensure_ascii=True)
     except (TypeError, ValueError, RecursionError):
         text = ascii(value)
+    return _short(text)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
@@ -89,21 +103,28 @@ def parse_json(text: bytes) -> dict[str, Any]:
         InvalidInputError: if it is not JSON or not an object.
     """
 
-    def refuse(constant: str) -> NoReturn:
-        raise _invalid("document", constant, "finite numbers; JSON has no NaN and no Infinity")
-
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+        if (twice := _first_twice(key for key, _ in pairs)) is not None:
             raise _invalid("document", f"the key {twice!r} twice", "each key once")
         return dict(pairs)
 
     try:
-        document = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+        # NaN and Infinity pass here, so that the check of the spec can name their fields.
+        document = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise _invalid("document", _one_line(error), "a JSON object in UTF-8") from error
     return _mapping(document)
+
+
+def _first_twice(keys: Iterable[object]) -> object | None:
+    """Return the first key that was there before, if any."""
+    seen: set[Hashable] = set()
+    for key in keys:
+        if isinstance(key, Hashable):
+            if key in seen:
+                return key
+            seen.add(key)
+    return None
 
 
 def _one_line(error: Exception) -> str:
@@ -137,8 +158,11 @@ def _field_errors(error: ValidationError) -> list[FieldError]:
         value = "nothing" if item["type"] == "missing" else shown(context.get("given", item["input"]))
         if path in found:  # the branches of a union: say both
             allowed = f"{found[path].allowed}, or {allowed}"
-        found[path] = FieldError(path or "document", value, allowed)
-    return list(found.values())
+        found[path] = FieldError(_short(path) or "document", value, allowed)
+    told = list(found.values())[:TOLD]
+    if len(found) > TOLD:
+        told.append(FieldError("document", f"{len(found) - TOLD} more errors", "see the errors before"))
+    return told
 
 
 # Pydantic names the branch of a union in the path; a user has no use for it.

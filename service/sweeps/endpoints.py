@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Response
 
 from service.errors import FieldError, InvalidInputError
-from service.http import Reading, RequestBody, Writing
+from service.http import Reading, RequestBody, Writing, problems
 from service.sweeps import queries
 from service.sweeps.documents import shown
-from service.sweeps.expand import plan
+from service.sweeps.expand import Plan, plan
 from service.sweeps.schemas import Sweep, SweepPage, Validated
 from service.sweeps.spec import SweepSpec
 
-router = APIRouter(prefix="/api/v1/sweeps", tags=["sweeps"])
+router = APIRouter(prefix="/api/v1/sweeps", tags=["sweeps"], responses=problems(422, 503))
 
 MAX_PAGE: Final = 200
 SPEC_BODY: Final[dict[str, Any]] = {
@@ -28,22 +28,36 @@ SPEC_BODY: Final[dict[str, Any]] = {
 }
 
 
-@router.post("/validate", openapi_extra=SPEC_BODY)
-def validate_sweep(body: RequestBody) -> Validated:
-    """Check a spec and say what it comes to; nothing is stored."""
+def _planned(body: RequestBody) -> tuple[SweepSpec, Plan]:
     spec = body.spec()
-    planned = plan(spec)
+    return spec, plan(spec)
+
+
+# Stands before the transaction among an endpoint's arguments: checking a large spec must not keep SQLite's
+# one writer.
+Planned = Annotated[tuple[SweepSpec, Plan], Depends(_planned)]
+
+
+@router.post("/validate", openapi_extra=SPEC_BODY, responses=problems(413))
+def validate_sweep(planned: Planned) -> Validated:
+    """Check a spec and say what it comes to; nothing is stored."""
+    spec, packs = planned
     return Validated(
-        runs=planned.runs_total,
-        packs=len(planned.packs),
-        run_steps=planned.runs_total * spec.training.steps,
-        estimated_seconds=round(planned.seconds, 1),
+        runs=packs.runs_total,
+        packs=len(packs.packs),
+        run_steps=packs.runs_total * spec.training.steps,
+        estimated_seconds=round(packs.seconds, 1),
     )
 
 
-@router.post("", status_code=201, openapi_extra=SPEC_BODY)
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=SPEC_BODY,
+    responses=problems(409, 413) | {200: {"model": Sweep, "description": "The key's sweep, stored before"}},
+)
 def submit_sweep(
-    body: RequestBody,
+    planned: Planned,
     connection: Writing,
     response: Response,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
@@ -53,8 +67,7 @@ def submit_sweep(
         raise InvalidInputError(
             [FieldError("Idempotency-Key", shown(idempotency_key), "printable characters only")]
         )
-    spec = body.spec()
-    sweep_id, created = queries.create(connection, spec, plan(spec), idempotency_key)
+    sweep_id, created = queries.create(connection, *planned, idempotency_key)
     response.headers["Location"] = f"/api/v1/sweeps/{sweep_id}"
     if not created:
         response.status_code = 200
@@ -83,7 +96,7 @@ def spec_schema() -> dict[str, Any]:
     return SweepSpec.model_json_schema()
 
 
-@router.get("/{sweep_id}")
+@router.get("/{sweep_id}", responses=problems(404))
 def get_sweep(sweep_id: str, connection: Reading) -> Sweep:
     """Return one sweep with its progress."""
     return Sweep.of(queries.get(connection, sweep_id))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from ddpnopt.config import Method
+from ddpnopt.config import EVAL_CHUNK, Method
 from ddpnopt.datasets.catalog import CATALOG
 from service.errors import FieldError, InvalidInputError
 from service.sweeps.spec import SweepSpec
@@ -111,12 +111,13 @@ def _holds_matrices(spec: SweepSpec) -> bool:
 
 
 def _bytes_per_run(spec: SweepSpec) -> int:
-    """Estimate a run's memory: weights and their update, activations, and V_xx's products."""
+    """Estimate a run's memory: weights and their update, activations, V_xx's products, taking the metrics."""
     batch = spec.training.batch_size
     numbers = sum(3 * o * (i + 1) + 6 * batch * (i + o) for i, o in _layers(spec))
     if _holds_matrices(spec):
         numbers += sum(2 * batch * o * i for i, o in _layers(spec)[1:])
         numbers += 6 * batch * max(_widths(spec)[1:]) ** 2
+    numbers += 4 * EVAL_CHUNK * max(_widths(spec))
     return numbers * (8 if spec.dtype == "float64" else 4)
 
 

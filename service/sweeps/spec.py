@@ -17,13 +17,14 @@ MAX_SEEDS: Final = 10_000
 MAX_GRIDS: Final = 100
 MAX_RUNS: Final = 1_000_000
 CURVE_POINTS: Final = 20
+MAX_CURVE_POINTS: Final = 2000
 
 PositiveRate = Annotated[float, Field(gt=0, le=1e6)]
 NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, le=config.MAX_SEED)]
 
 
-def _without_surrogates(text: str) -> str:
+def _printable(text: str) -> str:
     if "\x00" in text or not text.isprintable():
         raise PydanticCustomError("text", "printable characters only")
     return text
@@ -67,6 +68,17 @@ class TrainingSpec(_Model):
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
     eval_every: Annotated[int, Field(ge=1, le=config.MAX_STEPS)] | None = None
 
+    @model_validator(mode="after")
+    def _curves_fit(self) -> TrainingSpec:
+        every = self.eval_every
+        least = max(1, math.ceil(self.steps / MAX_CURVE_POINTS))
+        if every is not None and not least <= every <= self.steps:
+            allowed = f"from {least} to {self.steps}: at most {MAX_CURVE_POINTS} points a curve"
+            raise PydanticCustomError(
+                "eval_every", "{allowed}", {"allowed": allowed, "at": ("eval_every",), "given": every}
+            )
+        return self
+
     def resolved(self) -> config.TrainingConfig:
         """Return the configuration, with about `CURVE_POINTS` points a curve if nothing else is said."""
         every = self.eval_every or math.ceil(self.steps / CURVE_POINTS)
@@ -88,7 +100,12 @@ class FeedbackSpec(_Model):
         try:
             self.resolved()
         except ConfigError as error:
-            raise PydanticCustomError("feedback", "{allowed}", {"allowed": error.allowed}) from error
+            context = {
+                "allowed": error.allowed,
+                "at": (error.field.rpartition(".")[2],),
+                "given": error.value,
+            }
+            raise PydanticCustomError("feedback", "{allowed}", context) from error
         return self
 
     def resolved(self) -> config.FeedbackConfig:
@@ -112,7 +129,7 @@ class GridSpec(_Model):
 class SweepSpec(_Model):
     """A sweep: what to train, how long, on which seeds, over which grids."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_without_surrogates)]
+    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
     dataset: Annotated[str, AfterValidator(_known_dataset)]
     model: ModelSpec
     loss: config.Loss = "cross_entropy"

@@ -133,7 +133,7 @@ def action_value(sigma: Function, x: Tensor, u: Tensor, V_x: Tensor, V_xx: Tenso
         return sigma(affine(v[p:], v[:p].reshape(u.shape)))
 
     nominal = torch.cat((flat, x))
-    jacobian = jacrev(f)(nominal)
+    jacobian: Tensor = jacrev(f)(nominal)
 
     def Q(v: Tensor) -> Tensor:
         dx = jacobian @ (v - nominal)

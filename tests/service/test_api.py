@@ -168,7 +168,7 @@ def test_a_bad_spec_is_a_422_and_nothing_is_stored(
     [
         (b"- 1", "application/yaml", "document"),
         (b"a: !!python/name:os.system", "application/yaml", "line 1"),
-        (b'{"a": NaN}', "application/json", "document"),
+        (b'{"a": NaN}', "application/json", "a"),
         (b'{"name": "\\ud800"}', "application/json", "name"),
         (b"\xff\xfe", "application/json", "document"),
         (b"", "application/json", "document"),
@@ -273,6 +273,11 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
     schemas = document["components"]["schemas"]
     assert set(schemas["SweepSpec"]["properties"]) == set(SweepSpec.model_fields)
     text = json.dumps(document)
+    assert "HTTPValidationError" not in text
+    submit = document["paths"][SWEEPS]["post"]["responses"]
+    assert set(submit) == {"200", "201", "409", "413", "422", "503"}
+    for status in ("409", "413", "422", "503"):
+        assert set(submit[status]["content"]) == {"application/problem+json"}
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert name in schemas
 

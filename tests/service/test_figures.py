@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from service.results import figures, page, plots
 from service.results.statistics import Cell, CellState, Heatmap
@@ -85,6 +86,29 @@ def test_the_svg_bears_numbers_and_hatching(panel: Heatmap, tmp_path: Path) -> N
     assert text.count("<pattern") == 2
     for place in (0.75, 0.0):  # +0.5 and -1.0 on a scale from -1 to 1
         assert mpl.colors.to_hex(mpl.colormaps["RdBu"](place)) in text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("width", [1, 4])
+def test_words_stay_inside_the_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int, width: int
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "Figure", lambda **kw: drawn.append(Figure(**kw)) or drawn[-1])
+    regs = tuple(10.0**-k for k in range(width))
+    cells = tuple(cell(0.1, reg, 0.5, CellState.BETTER) for reg in regs)
+    plots.save([Heatmap("id", "n", 0, "sgd", "accuracy", (0.1,), regs, cells)] * count, tmp_path / "a.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    titles = [ax.title for ax in figure.axes if ax.get_title()]
+    words = [*figure.texts, *titles, *(text for ax in figure.axes for text in ax.texts)]
+    assert len(words) == 2 + count * (1 + width)
+    for text in words:
+        box = text.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, text
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[k + 1 :])
 
 
 def test_a_panel_without_any_result_can_be_drawn(panel: Heatmap, tmp_path: Path) -> None:

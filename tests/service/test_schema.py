@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, inspect, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
+from service.config import Settings
 from service.db import schema
-from service.db.engine import clock, open_engine, read, sqlite_module, write
+from service.db.engine import clock, is_transient, open_engine, read, sqlite_module, write
 from service.db.tables import metadata
 from service.errors import SetupError
 
@@ -81,11 +84,43 @@ def test_sqlite_is_set_up_as_it_should_be(sqlite_engine: Engine) -> None:
 
 
 def test_the_clock_is_the_databases_and_moves_on(engine: Engine) -> None:
-    import time
-
     with read(engine) as connection:
         before = connection.execute(clock().select()).scalar_one()
         time.sleep(0.02)
         after = connection.execute(clock().select()).scalar_one()
     assert abs(before - time.time()) < 60
     assert after > before
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "h ü%20#?x", "a%2Fb"])
+def test_a_home_of_any_name_holds_its_database(tmp_path: Path, name: str) -> None:
+    settings = Settings(home=tmp_path / name)
+    settings.make_home()
+    schema.upgrade(open_engine(settings.resolved_database_url()))
+    assert (tmp_path / name / "ddpsweep.db").stat().st_size > 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+class CodedError(Exception):
+    def __init__(self, sqlstate: str) -> None:
+        self.sqlstate = sqlstate
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (OperationalError("", {}, CodedError("40P01")), True),  # deadlock
+        (OperationalError("", {}, CodedError("40001")), True),  # serialisation
+        (OperationalError("", {}, CodedError("55P03")), True),  # lock timeout
+        (OperationalError("", {}, CodedError("53100")), True),  # disk full
+        (OperationalError("", {}, CodedError("57P01")), True),  # the operator stops the server
+        (OperationalError("", {}, Exception("connection refused")), True),
+        (OperationalError("", {}, Exception("database is locked")), True),
+        (OperationalError("", {}, Exception("database or disk is full")), True),
+        (OperationalError("", {}, Exception("no such table: runs")), False),
+        (IntegrityError("", {}, Exception("UNIQUE constraint failed: connection")), False),
+        (ProgrammingError("", {}, CodedError("42P01")), False),
+    ],
+)
+def test_which_errors_may_pass_by_themselves(error: DBAPIError, transient: bool) -> None:
+    assert is_transient(error) == transient

@@ -87,6 +87,31 @@ def test_diverged_runs_are_counted_and_not_averaged() -> None:
     assert cell.baseline_mean == pytest.approx(2.5)
 
 
+@pytest.mark.parametrize(
+    ("lost_baseline", "lost_ddpnopt", "better", "worse"),
+    [
+        (0, 0, CellState.BETTER, CellState.WORSE),
+        (2, 2, CellState.BETTER, CellState.WORSE),
+        (3, 0, CellState.BETTER, CellState.INCONCLUSIVE),
+        (0, 3, CellState.INCONCLUSIVE, CellState.WORSE),
+    ],
+)
+def test_survivors_alone_prove_nothing(
+    lost_baseline: int, lost_ddpnopt: int, better: CellState, worse: CellState
+) -> None:
+    high, low = [2.0, 2.1, 2.2], [1.0, 1.05, 1.3]
+    extra = max(lost_baseline, lost_ddpnopt)
+    lost = {
+        "baseline": [None] * lost_baseline + [9.0] * (extra - lost_baseline),
+        "ddpnopt": [None] * lost_ddpnopt + [9.0] * (extra - lost_ddpnopt),
+    }
+    states = [
+        panel({(0.1, None): [*a, *lost["baseline"]], (0.1, 1e-4): [*b, *lost["ddpnopt"]]})[0].state
+        for a, b in ((high, low), (low, high))
+    ]
+    assert states == [better, worse]
+
+
 def test_only_pairs_count() -> None:
     rows = [Outcome(0.1, None, 0, 5.0), Outcome(0.1, None, 1, 1.0), Outcome(0.1, 1e-4, 1, 0.0)]
     cell = cells(RATES, REGS, rows, "train_loss")[0]

@@ -103,13 +103,13 @@ def test_two_packs_train_at_once_as_they_would_one_after_the_other(executor):
 
 
 def test_workers_are_kept_for_the_packs_to_come(executor):
-    before = {process.pid for process in actors()}
-    for pack_id in range(6):
+    seen = []
+    for pack_id in range(4):
         executor.submit(task(pack_id))
         collect(executor, ends=1)
-    after = {process.pid for process in actors()}
-    assert len(after - before) <= 1
-    assert len(after) <= SLOTS
+        seen.append({process.pid for process in actors()})
+    assert 1 <= len(seen[0]) <= SLOTS
+    assert seen == [seen[0]] * 4
 
 
 def test_a_killed_worker_is_told_and_nothing_runs_again_by_itself(executor):
@@ -137,7 +137,7 @@ def test_a_killed_worker_is_told_and_nothing_runs_again_by_itself(executor):
 
 
 def test_a_killed_worker_does_not_hurt_the_pack_beside_it(executor):
-    beside = task(pack_id=8, steps=3000, eval_every=200)
+    beside = task(pack_id=8, steps=1000, eval_every=100)
     executor.submit(task(pack_id=9, steps=ENDLESS, eval_every=100))
     wait_for_progress(executor, {9})
     (worker,) = actors(".train")

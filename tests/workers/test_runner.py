@@ -15,6 +15,7 @@ from ddpnopt.errors import DataError
 from ddpnopt.results import Divergence, Progress
 from tests.workers.contract import ExecutorContract
 from tests.workers.packs import ENDLESS, all_bits, expected, task
+from workers.actor import PackActor
 from workers.local import LocalExecutor
 from workers.protocol import Environment, PackFailed, PackFinished, PackProgress
 from workers.runner import run_pack
@@ -134,6 +135,18 @@ def test_closing_the_stream_stops_the_training():
     assert isinstance(next(events), PackProgress)
     events.close()
     assert list(events) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_actor_has_the_threads_that_it_was_given(threads):
+    before = torch.get_num_threads()
+    try:
+        *_, finished = PackActor(threads).train(task())
+    finally:
+        torch.set_num_threads(before)
+    assert isinstance(finished, PackFinished)
+    assert finished.environment.versions["threads"] == str(threads)
+    assert all_bits(finished.results) == expected(task())
 
 
 class TestLocalExecutor(ExecutorContract):
