@@ -44,6 +44,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=__version__,
         summary="Does DDPNOpt's feedback help, where, and how surely?",
         lifespan=lifespan,
+        # Its pages would fetch scripts from elsewhere and run them here.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.engine = engine
     hosts = [host.strip() for host in settings.allowed_hosts.split(",")]

@@ -281,7 +281,7 @@ def test_runs_that_fail_different_metrics_at_one_point_keep_them_apart():
     runs = [run(sgd(), seed, hidden=(), dtype="float32") for seed in range(6)]
     trainer = Trainer(runs, replace(DATA, test_inputs=far), CPU)
     with torch.inference_mode():
-        trainer.stack.controls[0][1] *= 1e38
+        trainer.stack.controls[0][1] = 3e38
         trainer.stack.controls[0][3] *= 1e10
         trainer.stack.controls[0][4] *= 1e10
         trainer.take_metrics(0)
@@ -366,12 +366,31 @@ def test_weights_start_as_torchs_linear_does():
         assert abs(u.std() - bound / np.sqrt(3)) < 0.05 * bound
 
 
+def test_streams_do_not_meet_at_large_seeds():
+    """A seed above 2**32 has two words, which must not be read as a smaller seed with a stream behind it."""
+    low, batches, weights = 5, rng.Stream.BATCHES, rng.Stream.WEIGHTS
+    keys = [
+        (seed, stream, *epoch)
+        for seed in (low, low + 2**32, low + 2**33)
+        for stream, epoch in (
+            (weights, ()),
+            (weights, (0,)),
+            (batches, ()),
+            (batches, (0,)),
+            (batches, (1,)),
+            (batches, (2**32,)),
+        )
+    ]
+    draws = {rng.generator(*key).bytes(16) for key in keys}
+    assert len(draws) == len(keys)
+
+
 def test_what_a_seed_draws_is_fixed_for_good():
     """A change here is a change of `ddpnopt.NUMERICS_VERSION`."""
     u = rng.initial_controls(7, (3, 2, 2))
-    assert hashlib.sha256(b"".join(layer.tobytes() for layer in u)).hexdigest()[:16] == "2b3ebfc3453e911c"
+    assert hashlib.sha256(b"".join(layer.tobytes() for layer in u)).hexdigest()[:16] == "a422e881e17f42d8"
     order = rng.epoch_batches(7, 1, 60, 16)
-    assert hashlib.sha256(order.tobytes()).hexdigest()[:16] == "e2c6deb656dd4989"
+    assert hashlib.sha256(order.tobytes()).hexdigest()[:16] == "255f894e387caa49"
 
 
 # --- events, curves, metrics ---

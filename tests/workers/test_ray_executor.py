@@ -17,11 +17,12 @@ from tests.workers.contract import ExecutorContract
 from tests.workers.packs import ENDLESS, all_bits, collect, expected, task, wait_for_progress
 from workers.local import LocalExecutor
 from workers.protocol import Executor, PackFailed, PackFinished, PackProgress
-from workers.ray_executor import SECRETS, RayExecutor
+from workers.ray_executor import RayExecutor
 
 pytestmark = pytest.mark.ray
 
 SLOTS = 2
+SECRETS = ("DDPSWEEP_DATABASE_URL", "DDPSWEEP_TOKEN", "PGPASSWORD", "POSTGRES_PASSWORD")
 HIDDEN = "postgresql://someone:a-secret@localhost/ddpsweep"
 
 
@@ -149,6 +150,17 @@ def test_a_killed_worker_does_not_hurt_the_pack_beside_it(executor):
     assert isinstance(ends[9], PackFailed)
     assert isinstance(ends[8], PackFinished)
     assert all_bits(ends[8].results) == expected(beside)
+
+
+def test_an_idle_worker_that_died_costs_no_attempt(executor):
+    executor.submit(task(pack_id=1))
+    collect(executor, ends=1)
+    for worker in actors():
+        worker.send_signal(signal.SIGKILL)
+        assert eventually(lambda worker=worker: not runs(worker))
+    executor.submit(task(pack_id=2))
+    *_, finished = collect(executor, ends=1)
+    assert isinstance(finished, PackFinished)
 
 
 def test_cancelling_ends_the_process(executor):
