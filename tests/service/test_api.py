@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from service.app import create_app
 from service.config import MAX_BODY_BYTES, Settings
 from service.db.engine import write
 from service.dispatch import leases
+from service.sweeps.expand import Plan, plan
 from service.sweeps.spec import SweepSpec
 from tests.service.helpers import ENVIRONMENT, outcome
 
@@ -113,6 +116,44 @@ def test_yaml_is_taken_too(sqlite_client: TestClient, small_spec: dict[str, Any]
     for media in ("application/yaml", "text/yaml; charset=utf-8"):
         answer = sqlite_client.post(SWEEPS, content=text, headers={"Content-Type": media})
         assert answer.status_code == 201
+
+
+def test_checking_a_spec_does_not_keep_other_writers_waiting(
+    sqlite_client: TestClient, small_spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one submit is being planned, another goes through: nothing holds SQLite's write lock yet."""
+    planning, others_done = threading.Event(), threading.Event()
+
+    def slow_for_one(spec: SweepSpec) -> Plan:
+        if spec.name == "slow":
+            planning.set()
+            assert others_done.wait(20)
+        return plan(spec)
+
+    monkeypatch.setattr("service.sweeps.endpoints.plan", slow_for_one)
+    slow: list[int] = []
+    thread = threading.Thread(
+        target=lambda: slow.append(sqlite_client.post(SWEEPS, json=small_spec | {"name": "slow"}).status_code)
+    )
+    thread.start()
+    assert planning.wait(20)
+    assert sqlite_client.post(SWEEPS, json=small_spec).status_code == 201
+    others_done.set()
+    thread.join(20)
+    assert slow == [201]
+
+
+def test_concurrent_submits_with_one_key_make_one_sweep(
+    client: TestClient, small_spec: dict[str, Any]
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(
+            pool.map(
+                lambda _: client.post(SWEEPS, json=small_spec, headers={"Idempotency-Key": "k"}), range(16)
+            )
+        )
+    assert sorted(answer.status_code for answer in answers) == [200] * 15 + [201]
+    assert len({answer.json()["id"] for answer in answers}) == 1
 
 
 def test_an_idempotency_key_makes_one_sweep(client: TestClient, small_spec: dict[str, Any]) -> None:

@@ -85,11 +85,17 @@ def test_a_bad_spec_is_one_line_and_exit_2(service: Running, text: str, named: s
 
 def test_other_bad_input(service: Running, tmp_path: Path) -> None:
     assert "No such file" in one_line_error(service.cli("submit", str(tmp_path / "no.yaml")), 2)
-    assert "no sweep 'nothere'" in one_line_error(service.cli("show", "nothere"), 1)
+    for sweep_id in ("nothere", "", "spec.schema.json", "a/../.."):
+        assert f"no sweep {sweep_id!r}" in one_line_error(service.cli("show", sweep_id), 1)
     error = one_line_error(service.cli("heatmap", "x", "--out", str(tmp_path / "a.gif")), 2)
     assert "allowed: a name that ends in .png" in error
     assert service.cli("heatmap").returncode == 2
     assert service.cli("nonsense").returncode == 2
+
+
+def test_a_proxy_does_not_stand_before_loopback(service: Running) -> None:
+    done = run("list", DDPSWEEP_URL=service.url, HTTP_PROXY="http://127.0.0.1:9", NO_PROXY="")
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_server_is_one_line() -> None:
