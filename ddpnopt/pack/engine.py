@@ -175,7 +175,7 @@ class Trainer:
         divergence = self.diverged.get(index)
         return RunResult(
             index=index,
-            steps=steps if divergence is None else divergence.step,
+            steps=steps if divergence is None else _updates_before(divergence),
             metrics={} if divergence else dict(zip(METRICS, table[-1].tolist(), strict=True)),
             curve_steps=taken,
             curves={name: table[:, k].astype(np.float32) for k, name in enumerate(METRICS)},
@@ -228,6 +228,11 @@ def evaluate(
         total += loss.value(logits, y).sum(dim=-1, dtype=torch.float64)
         right += (logits.argmax(dim=-1) == y).sum(dim=-1)
     return total / len(inputs), right * (100.0 / len(inputs))
+
+
+def _updates_before(divergence: Divergence) -> int:
+    """Count the updates that a diverged run has done: a batch loss that is not finite forbids its own."""
+    return divergence.step - (divergence.quantity == "batch_loss")
 
 
 def _digest(controls: list[Tensor]) -> str:

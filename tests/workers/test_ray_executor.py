@@ -137,6 +137,25 @@ def test_a_killed_worker_is_told_and_nothing_runs_again_by_itself(executor):
     assert all_bits(finished.results) == expected(again)
 
 
+def test_an_idle_worker_that_was_killed_costs_no_attempt(executor):
+    for pack_id in (21, 22):
+        executor.submit(task(pack_id, steps=ENDLESS, eval_every=100))
+    wait_for_progress(executor, {21, 22})
+    for pack_id in (21, 22):
+        executor.cancel(pack_id, 1)
+    for pack_id in (23, 24):
+        executor.submit(task(pack_id))
+    collect(executor, ends=2)
+    idle = actors()
+    assert len(idle) == 2
+    for worker in idle:
+        worker.send_signal(signal.SIGKILL)
+    assert eventually(lambda: not any(map(runs, idle)))
+    executor.submit(task(pack_id=25))
+    *_, finished = collect(executor, ends=1)
+    assert isinstance(finished, PackFinished)
+
+
 def test_a_killed_worker_does_not_hurt_the_pack_beside_it(executor):
     beside = task(pack_id=8, steps=1000, eval_every=100)
     executor.submit(task(pack_id=9, steps=ENDLESS, eval_every=100))
