@@ -111,7 +111,7 @@ def test_kill_everything_and_start_again(fragile_service: Running) -> None:
 
 def test_stopping_leaves_nothing_behind_and_nothing_leased(fragile_service: Running) -> None:
     with Client(fragile_service.url) as client:
-        sweep_id = submit(client, training=SPEC["training"] | {"steps": 100_000})
+        sweep_id = submit(client, training=SPEC["training"] | {"steps": 20_000})
         wait_until_training(client, sweep_id)
     family = descendants(fragile_service.process.pid)
     assert stop(fragile_service) == 0
