@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from pydantic import ValidationError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -94,14 +95,20 @@ class Dispatcher:
             if taken_back := leases.reap(connection):
                 log.warning("%d packs were taken back from a lost dispatcher", taken_back)
             claimed = leases.claim(connection, self.owner, free) if free > 0 else []
-            tasks = [(lease, self._task(connection, lease)) for lease in claimed]
+            tasks = [(lease, task) for lease in claimed if (task := self._task(connection, lease))]
         for lease, task in tasks:
             log.info("pack %d, attempt %d: %d runs", lease.pack_id, lease.attempt, len(task.runs))
             self.held[lease.pack_id] = lease
             self.executor.submit(task)
 
-    def _task(self, connection: Connection, lease: Lease) -> PackTask:
-        spec = queries.spec_of(connection, lease.sweep_id)
+    def _task(self, connection: Connection, lease: Lease) -> PackTask | None:
+        try:
+            spec = queries.spec_of(connection, lease.sweep_id)
+        except ValidationError as error:
+            # Stored by another version. It must not stand in the way of all other sweeps.
+            log.error("pack %d: this version cannot read its sweep's spec: %s", lease.pack_id, error)
+            leases.give_up(connection, lease, "this version cannot read the sweep's spec", str(error))
+            return None
         configs = tuple(
             spec.run_config(run.grid, run.method, run.learning_rate, run.vxx_reg, run.seed)
             for run in leases.runs_of(connection, lease)

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, event, select, update
 from sqlalchemy.exc import OperationalError
 
 from service.db.engine import clock, read, write
-from service.db.tables import packs, results, runs
+from service.db.tables import packs, results, runs, sweeps
 from service.dispatch import leases
 from service.dispatch.loop import Dispatcher
 from service.dispatch.policy import MAX_ATTEMPTS, GiveUp, Requeue, after_failure
@@ -202,6 +202,21 @@ def test_a_commit_whose_answer_was_lost_is_looked_up(engine: Engine, small_spec:
     dispatcher.step(0)
     assert script.cancelled == []
     assert sweep(engine, sweep_id).runs_done == 18
+
+
+def test_a_spec_of_another_version_fails_its_own_sweep_alone(
+    engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    strange, good = submit(engine, small_spec), submit(engine, small_spec)
+    with write(engine) as connection:
+        spec = small_spec | {"loss": "a loss of the future"}
+        connection.execute(update(sweeps).where(sweeps.c.id == strange).values(spec=spec))
+    dispatcher = Dispatcher(engine, LocalExecutor(), "a")
+    for _ in range(20):
+        dispatcher.step(0)
+    row = sweep(engine, strange)
+    assert (row.state, row.error) == ("failed", "this version cannot read the sweep's spec")
+    assert sweep(engine, good).state == "completed"
 
 
 def test_closing_gives_everything_back(engine: Engine, small_spec: dict[str, Any]) -> None:
