@@ -106,7 +106,7 @@ class FeedbackConfig:
         factorized: V_xx as an outer product (Prop. 3); None picks it for a Gauss-Newton terminal
             Hessian and the full form otherwise. The outer product cannot hold an exact Hessian.
         convention: units of the value function: `batch_mean` are those of (1/B) Σ φ, `per_sample`
-            those of φ. Gradients agree, curvatures differ by a factor of B.
+            those of φ. Gradients agree, the feedback's part of the update differs by a factor of B.
         curvature_scale: κ, factor on the terminal Hessian.
         safeguard: `clamp` is the paper's recursion; `psd` keeps V_xx positive semi-definite for any
             step size by keeping the Gauss-Newton term of Q_uu.

@@ -8,7 +8,9 @@ import secrets
 import signal
 import socket
 import threading
-from typing import Final
+from typing import Final, NoReturn
+
+from sqlalchemy.exc import DBAPIError
 
 from service.config import Settings
 from service.db import schema
@@ -54,12 +56,19 @@ def run(settings: Settings, owner: str) -> None:
             dispatcher.step(ROUND_S)
     except ExecutorLostError as error:
         log.error("%s; this dispatcher ends, the next one starts afresh", error)
-        dispatcher.abandon()
-        # At once: what Ray does at exit waits for a cluster that is not there.
-        os._exit(EXIT_LOST)
+        _end_without_ray(dispatcher)
     except BaseException:
         dispatcher.close()
         raise
     dispatcher.close()
     executor.close()
     engine.dispose()
+
+
+def _end_without_ray(dispatcher: Dispatcher) -> NoReturn:
+    """Give the packs back and end at once: what Ray does at exit waits for a cluster that is not there."""
+    try:
+        dispatcher.abandon()
+    except DBAPIError as error:
+        log.error("its packs wait for their leases to run out: %s", error.orig)
+    os._exit(EXIT_LOST)
