@@ -91,6 +91,14 @@ class _Probe:
             except Exception as error:
                 log.warning("the Ray cluster does not answer: %r", error)
 
+    def problem(self) -> str | None:
+        """Say why the cluster is lost; None while it is not. Never blocks."""
+        if not self._alive:
+            return "this node is no longer part of the Ray cluster"
+        if time.monotonic() - self._answered > SILENCE_S:
+            return f"the Ray cluster has not answered for {SILENCE_S:.0f} s"
+        return None
+
     def check(self, *, after_a_loss: bool = False) -> None:
         """Make sure that the cluster answers.
 
@@ -102,10 +110,8 @@ class _Probe:
         """
         until = time.monotonic() + (NOTICE_S if after_a_loss else 0.0)
         while True:
-            if not self._alive:
-                raise ExecutorLostError("this node is no longer part of the Ray cluster")
-            if time.monotonic() - self._answered > SILENCE_S:
-                raise ExecutorLostError(f"the Ray cluster has not answered for {SILENCE_S:.0f} s")
+            if problem := self.problem():
+                raise ExecutorLostError(problem)
             if time.monotonic() >= until:
                 return
             time.sleep(0.2)
@@ -143,6 +149,10 @@ class RayExecutor:
         self._actor_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(PackActor)
         self._idle: list[Any] = []
         self._attempts: dict[tuple[int, int], _Attempt] = {}
+
+    def problem(self) -> str | None:
+        """Say why the cluster is lost; None while it is not. May be asked from any thread."""
+        return self._probe.problem()
 
     @property
     def slots(self) -> int:

@@ -8,6 +8,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from typing import Final, NoReturn
 
 from sqlalchemy.exc import DBAPIError
@@ -22,6 +23,9 @@ from workers.protocol import ExecutorLostError
 log = logging.getLogger(__name__)
 
 ROUND_S: Final = 0.5
+WATCH_EVERY_S: Final = 1.0
+GRACE_S: Final = 3.0
+"""In which the loop may notice by itself that its Ray is lost."""
 EXIT_LOST: Final = 75
 """EX_TEMPFAIL: start it again."""
 
@@ -51,6 +55,16 @@ def run(settings: Settings, owner: str) -> None:
         signal.signal(number, lambda *_: stop.set())
     log.info("dispatcher %s: %d packs at once", owner, executor.slots)
     dispatcher = Dispatcher(engine, executor, owner)
+
+    def watch() -> None:
+        # A call into a Ray whose local node died can hang for ever: poll alone cannot be relied on to raise.
+        while not stop.wait(WATCH_EVERY_S):
+            if problem := executor.problem():
+                time.sleep(GRACE_S)
+                log.error("%s; the call into Ray hangs", problem)
+                _end_without_ray(dispatcher)
+
+    threading.Thread(target=watch, name="watch-ray", daemon=True).start()
     try:
         while not stop.is_set():
             dispatcher.step(ROUND_S)
