@@ -18,11 +18,11 @@ $(VENV)/bin/python:
 
 # Two sets: what a user needs, and what a developer adds.
 $(VENV)/.installed: $(DECLARED) | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt -e '.[service,cluster,postgres]'
+	$(PIP) install --quiet -c constraints.txt -e '.[service,cluster,postgres,data]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet -c constraints.txt -e '.[service,cluster,postgres,dev]'
+	$(PIP) install --quiet -c constraints.txt -e '.[service,cluster,postgres,data,dev]'
 	@touch $@
 
 demo: $(VENV)/.installed ## train Fig. 4a (SGD) on DIGITS through the service: out/fig4a-sgd.png

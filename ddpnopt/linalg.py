@@ -1,12 +1,16 @@
 """Batched linear algebra that never raises for one bad member of a batch.
 
-Index legend: r run in the pack, b sample, o and p outputs of a layer, i inputs.
+Index legend: r run in the pack, b sample, k row, o and p outputs of a layer, i inputs, ī inputs and the
+constant one, n block of a layer's controls (a run, or a run and a group of its convolution).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
@@ -40,20 +44,104 @@ def per_sample_matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return per_sample_matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)
 
 
-def damped_solve(curvature: Tensor, step: Tensor, right: Tensor) -> Tensor:
-    """Solve (I + diag(s) C) X = Y for every run and sample.
+def rows_matmul(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply every row of every sample by its run's matrix: (R, B, K, p) by (R, p, q) to (R, B, K, q)."""
+    product = bmm(rows.flatten(1, 2), matrix)
+    return product.reshape(*rows.shape[:3], matrix.shape[-1])
+
+
+def solve(system: Tensor, right: Tensor) -> Tensor:
+    """Solve A X = Y for every run and sample.
 
     A singular or non-finite member yields non-finite numbers of its own and leaves the others alone.
 
     Args:
-        curvature: C, (R, B, o, o), symmetric.
-        step: s, broadcastable to (R, B, o).
+        system: A, (R, B, o, o).
         right: Y, broadcastable to (R, B, o, i).
 
     Returns:
         X, (R, B, o, i).
     """
-    identity = torch.eye(curvature.shape[-1], dtype=curvature.dtype, device=curvature.device)
-    system = identity + step.unsqueeze(-1) * curvature
     solution: Tensor = torch.linalg.solve_ex(system, right.expand(*system.shape[:-1], right.shape[-1]))[0]
     return solution
+
+
+def eye_like(matrix: Tensor) -> Tensor:
+    """Return the identity (n, n) of the kind of matrices (…, n, n)."""
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def eigenvectors(symmetric: Tensor) -> Tensor:
+    """Return the eigenvectors of symmetric matrices (N, n, n), as columns (N, n, n).
+
+    A member that is not finite yields NaN of its own: torch.linalg.eigh raises for the whole batch.
+    """
+    finite = torch.isfinite(symmetric).flatten(1).all(dim=1).reshape(-1, 1, 1)
+    safe = torch.where(finite, symmetric, eye_like(symmetric))
+    try:
+        vectors: Tensor = torch.linalg.eigh(safe)[1]
+    except LinAlgError:
+        vectors = torch.stack([_eigenvectors_of_one(matrix) for matrix in safe])
+    return torch.where(finite, vectors, torch.nan)
+
+
+def _eigenvectors_of_one(symmetric: Tensor) -> Tensor:
+    try:
+        vectors: Tensor = torch.linalg.eigh(symmetric)[1]
+    except LinAlgError:
+        return torch.full_like(symmetric, torch.nan)
+    return vectors
+
+
+def inverse_root(positive: Tensor) -> Tensor:
+    """Return L⁻ᵀ of the Cholesky factor L of matrices (N, n, n), so that L⁻ᵀ L⁻¹ is the inverse.
+
+    A member that is not positive definite yields NaN of its own.
+    """
+    lower, info = torch.linalg.cholesky_ex(positive)
+    inverse = torch.linalg.solve_triangular(lower, eye_like(lower).expand_as(lower), upper=False)
+    return torch.where((info == 0).reshape(-1, 1, 1), inverse.mT, torch.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class FactoredInverse:
+    """The inverse preconditioner of a layer, M⁻¹ = (U_o ⊗ U_i) diag(m) (U_o ⊗ U_i)ᵀ on controls (o, ī).
+
+    One form for all of Table 2: M = I leaves everything None; a diagonal M has m = 1/M alone; KFAC has
+    U Uᵀ equal to the inverse of its damped factor and no m; EKFAC has the eigenbases and m.
+
+    Attributes:
+        inputs: U_i, (N, ī, ī); None is the identity.
+        outputs: U_o, (N, o, o); None if and only if `inputs` is.
+        scale: m, (N, o, ī); None is one.
+    """
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+    scale: Tensor | None = None
+
+    def apply(self, direction: Tensor) -> Tensor:
+        """Return M⁻¹ d for d (…, o, ī), whose leading dimensions make up the N blocks, in order."""
+        if self.inputs is None or self.outputs is None:
+            return direction if self.scale is None else direction * self.scale
+        blocks = direction.reshape(len(self.inputs), self.outputs.shape[-1], self.inputs.shape[-1])
+        rotated = bmm(bmm(self.outputs.mT, blocks), self.inputs)
+        if self.scale is not None:
+            rotated = rotated * self.scale
+        return bmm(bmm(self.outputs, rotated), self.inputs.mT).reshape(direction.shape)
+
+    def apply_per_sample(self, directions: Tensor) -> Tensor:
+        """Return M⁻¹ d for d (N, K, o, ī)."""
+        rotated = self.rotate(directions)
+        if self.scale is not None:
+            rotated = rotated * self.scale.unsqueeze(1)
+        if self.inputs is None or self.outputs is None:
+            return rotated
+        by_inputs = rows_matmul(rotated, self.inputs.mT)
+        return rows_matmul(by_inputs.mT, self.outputs.mT).mT
+
+    def rotate(self, directions: Tensor) -> Tensor:
+        """Return U_oᵀ d U_i for d (N, K, o, ī), in whose coordinates M⁻¹ is diag(m)."""
+        if self.inputs is None or self.outputs is None:
+            return directions
+        return rows_matmul(rows_matmul(directions, self.inputs).mT, self.outputs).mT

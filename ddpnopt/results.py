@@ -32,7 +32,8 @@ class Divergence:
 
     Attributes:
         step: the update (counted from 1) whose forward pass or result was not finite.
-        quantity: what was not finite: `batch_loss`, `weights` or the name of a metric.
+        quantity: what was not finite: `batch_loss`, the name of a metric, or what an update was made of and
+            where, such as `V_xx of layer 3` (`M` is a preconditioner, `J_u` a baseline's gradient).
         kind: how it was not finite.
         last_finite: the quantity's last finite value before; None if it never had one.
     """

@@ -1,51 +1,59 @@
 """The second forward pass of DDPNOpt (Alg. 3, lines 14-18): the policy applied along its own trajectory.
 
-Index legend: t layer, r run in the pack, b sample, i inputs, ī inputs and the constant one, o outputs.
+Index legend: t layer, r run in the pack, b sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from ddpnopt.ddp.backward import Policy
-from ddpnopt.layers import linear
-from ddpnopt.layers.activations import Activation
-from ddpnopt.layers.network import Controls, Trajectory
-from ddpnopt.preconditioners import Preconditioner
+from ddpnopt.layers.network import Controls, Network, Trajectory, again
+from ddpnopt.preconditioners import Units, direction
+from ddpnopt.rates import Rates
+
+Update = Callable[[int, Tensor, Tensor], None]
+"""Takes t, u_t (R, o, ī) and d_t (R, o, ī), and updates u_t in place."""
 
 
 def apply_policy(
     policies: Sequence[Policy],
+    network: Network,
     controls: Controls,
-    sigma: tuple[Activation, ...],
     trajectory: Trajectory,
-    preconditioner: Preconditioner,
-    learning_rate: Tensor,
-    batch_weight: float,
+    rates: Sequence[Rates],
+    units: Units,
+    update: Update,
 ) -> None:
-    """Update each u_t in place by its policy, with δx_t from the layers already updated.
+    """Update each u_t by its policy, with δx_t from the layers already updated.
 
-    d_t = Σ̄_b [(V_h + V_hh W δx) x̄ᵀ],  u_t ← u_t - η M⁻¹ d_t,  x̂_{t+1} = σ(û_t x̂̄_t),  δx = x̂ - x.
+    d_t = Σ̄_b [g_uᵀ (V_h + A δx)] + λu,  u_t ← u_t - η M⁻¹ d_t,  x̂_{t+1} = f(x̂_t, û_t),  δx = x̂ - x.
+    Second-order dynamics add Σ̄_b (V_h · g_ux) δx to d_t.
 
     Args:
         policies: of t = 0..T-1.
+        network: the layers.
         controls: u_t, each (R, o, ī); overwritten.
-        sigma: σ_t.
         trajectory: the nominal x_t.
-        preconditioner: M_t.
-        learning_rate: η, (R, 1, 1).
-        batch_weight: 1 where Σ̄ is the sum over the batch, 1/B where it is the mean.
+        rates: of t = 0..T-1.
+        units: of the value.
+        update: what M⁻¹ d_t does to u_t.
     """
-    x_hat_bar = trajectory.x_bar[0]
+    x_hat = trajectory.inputs[0]
     last = len(controls) - 1
-    for t, (policy, u, act) in enumerate(zip(policies, controls, sigma, strict=True)):
-        x_bar = trajectory.x_bar[t]
+    for t, (policy, u, stage) in enumerate(zip(policies, controls, network.stages, strict=True)):
+        affine, inputs = stage.affine, trajectory.inputs[t]
         V_h = policy.V_h
-        if t > 0:
-            V_h = V_h + policy.feedback((x_hat_bar - x_bar)[..., :-1])
-        direction = linear.gradient(V_h, x_bar)
-        u.addcmul_(preconditioner.apply(t, direction), learning_rate, value=-batch_weight)
+        if t == 0:
+            gradient = affine.gradient(V_h, inputs, u)
+        else:
+            dx = affine.difference(x_hat, inputs)
+            gradient = affine.gradient(V_h + policy.feedback(dx), inputs, u)
+            if policy.second_order:
+                gradient = gradient + affine.tangent_gradient(V_h, dx, u)
+        update(t, u, direction(gradient, u, units, rates[t].decay))
         if t < last:
-            x_hat_bar = linear.augment(act.forward(linear.forward(x_hat_bar, u)))
+            h = affine.forward(x_hat, u)
+            x_hat = network.stages[t + 1].affine.prepare(again(stage, h, trajectory.tapes[t]))

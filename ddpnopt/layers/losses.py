@@ -1,16 +1,25 @@
 """Terminal costs φ with the derivatives that the backward pass starts from, per sample.
 
-Index legend: r run in the pack, b sample, c classes. Adding a loss: a row in `LOSSES`.
+Targets are labels (R, B) int64; the squared error also takes values (R, B, C). Adding a loss: a row in
+`LOSSES` (and in `config.Loss`).
+
+Index legend: r run in the pack, b sample, c classes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import torch
 from torch import Tensor
+
+from ddpnopt.config import MMC_NORM
+
+Derivative = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +27,14 @@ class Loss:
     """A terminal cost.
 
     Attributes:
-        value: (logits (R, B, C), targets (R, B)) to φ per sample, (R, B).
+        value: (x_T (R, B, C), targets) to φ per sample, (R, B).
         gradient: the same to ∇φ, (R, B, C).
         hessian: the same to ∇²φ, (R, B, C, C).
     """
 
-    value: Callable[[Tensor, Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
-    hessian: Callable[[Tensor, Tensor], Tensor]
+    value: Derivative
+    gradient: Derivative
+    hessian: Derivative
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -44,6 +53,59 @@ def _cross_entropy_hessian(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
 
 
+def one_hot(x: Tensor, targets: Tensor) -> Tensor:
+    """Return labels (R, B) as (R, B, C) of the kind of x; values stay as they are."""
+    if targets.dim() == x.dim():
+        return targets
+    return torch.zeros_like(x).scatter_(-1, targets.unsqueeze(-1), 1.0)
+
+
+def max_mahalanobis_centers(classes: int, norm: float = MMC_NORM) -> Tensor:
+    """Return the centres μ of the Max-Mahalanobis distribution (Pang et al., ICLR 2020, arXiv:1905.10626).
+
+    They are the corners of a regular simplex about zero: |μ_c|² is the norm C_MM and μ_c · μ_d is
+    -C_MM / (C - 1). In C dimensions they may be turned at will; here μ_c is along e_c - 1/C, so that the
+    nearest centre of x is that of its largest entry.
+
+    Args:
+        classes: C, at least 2.
+        norm: C_MM.
+
+    Returns:
+        (C, C) float64, a centre in each row.
+    """
+    simplex = torch.eye(classes, dtype=torch.float64) - 1 / classes
+    return math.sqrt(norm * classes / (classes - 1)) * simplex
+
+
+@lru_cache(maxsize=32)
+def _centers(classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A tensor made in inference mode would stay one, and could not be used outside.
+    with torch.inference_mode(False):
+        return max_mahalanobis_centers(classes).to(dtype=dtype, device=device)
+
+
+def _center(x: Tensor, targets: Tensor) -> Tensor:
+    return _centers(x.shape[-1], x.dtype, x.device)[targets]
+
+
+def _scaled_identity(x: Tensor, factor: float) -> Tensor:
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) * factor
+    return identity.expand(*x.shape, x.shape[-1])
+
+
 LOSSES: Final[Mapping[str, Loss]] = {
     "cross_entropy": Loss(_cross_entropy, _cross_entropy_gradient, _cross_entropy_hessian),
+    # φ = ½|x - y|²
+    "mse": Loss(
+        lambda x, y: (x - one_hot(x, y)).square().sum(dim=-1) / 2,
+        lambda x, y: x - one_hot(x, y),
+        lambda x, y: _scaled_identity(x, 1.0),
+    ),
+    # φ = |x - μ_y|², Max-Mahalanobis center
+    "mmc": Loss(
+        lambda x, y: (x - _center(x, y)).square().sum(dim=-1),
+        lambda x, y: 2 * (x - _center(x, y)),
+        lambda x, y: _scaled_identity(x, 2.0),
+    ),
 }

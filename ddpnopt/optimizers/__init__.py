@@ -1,37 +1,43 @@
-"""The optimizers, one table, one file each.
+"""The optimizers, one table.
 
 Adding one: a file with a class that has `Optimizer`'s methods, and a row in `OPTIMIZERS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, get_args
 
-from ddpnopt.config import OptimizerConfig, RunConfig
-from ddpnopt.layers.activations import Activation
-from ddpnopt.layers.losses import Loss
+from ddpnopt.config import OptimizerConfig, PairedBaseline
 from ddpnopt.optimizers.base import Members, Optimizer
 from ddpnopt.optimizers.ddpnopt import DDPNOpt
-from ddpnopt.optimizers.sgd import SGD
+from ddpnopt.optimizers.emsa import EMSA
+from ddpnopt.optimizers.preconditioned import Preconditioned
+from ddpnopt.optimizers.sgd_vgr import SGDVGR
+from ddpnopt.optimizers.vanilla_ddp import VanillaDDP
+
+_PAIRED: Final = get_args(PairedBaseline)
 
 OPTIMIZERS: Final[Mapping[tuple[str, str], Callable[[Members], Optimizer]]] = {
-    ("sgd", "baseline"): SGD,
-    ("sgd", "ddpnopt"): DDPNOpt,
+    **{(baseline, "baseline"): Preconditioned for baseline in _PAIRED},
+    **{(baseline, "ddpnopt"): DDPNOpt for baseline in _PAIRED},
+    ("sgd_vgr", "baseline"): SGDVGR,
+    ("emsa", "baseline"): EMSA,
+    ("vanilla_ddp", "baseline"): VanillaDDP,
 }
 """(baseline, method) to the optimizer of a group of runs."""
 
 
-def group_key(config: OptimizerConfig) -> tuple[object, ...]:
+def group_key(config: OptimizerConfig, *, convolutional: bool = False) -> tuple[object, ...]:
     """Return what members of one group share; learning rate and ε are per run."""
-    feedback = None if config.feedback is None else config.feedback.resolved()
-    return (config.baseline, config.method, feedback)
+    feedback = None if config.feedback is None else config.feedback.resolved(convolutional=convolutional)
+    return (config.baseline, config.method, config.options, feedback)
 
 
-def make(runs: Sequence[RunConfig], members: Members) -> Optimizer:
-    """Return the optimizer of a group, all of whose runs have one `group_key`."""
-    config = runs[0].optimizer
+def make(members: Members) -> Optimizer:
+    """Return the optimizer of a group."""
+    config = members.config
     return OPTIMIZERS[config.baseline, config.method](members)
 
 
-__all__ = ["OPTIMIZERS", "Activation", "Loss", "Members", "Optimizer", "group_key", "make"]
+__all__ = ["OPTIMIZERS", "Members", "Optimizer", "group_key", "make"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ddpnopt.config import OptimizerConfig
-from ddpnopt.layers.activations import Activation
 from ddpnopt.layers.losses import Loss
-from ddpnopt.layers.network import Controls, Trajectory
+from ddpnopt.layers.network import Controls, Network, Trajectory
+from ddpnopt.rates import Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,30 +21,90 @@ class Members:
 
     Attributes:
         config: of the first run; the group shares all of it but the learning rate and ε.
-        sigma: σ_t.
+        network: the layers.
         loss: φ.
-        learning_rate: η, (R, 1, 1).
-        vxx_reg: ε, (R, 1, 1); zero for a baseline.
+        rates: of t = 0..T-1.
     """
 
     config: OptimizerConfig
-    sigma: tuple[Activation, ...]
+    network: Network
     loss: Loss
-    learning_rate: Tensor
-    vxx_reg: Tensor
+    rates: tuple[Rates, ...]
 
     def select(self, keep: Tensor) -> Members:
         """Return the members of these indices (K,)."""
-        return replace(self, learning_rate=self.learning_rate[keep], vxx_reg=self.vxx_reg[keep])
+        chosen = {id(rates): rates.select(keep) for rates in self.rates}
+        return replace(self, rates=tuple(chosen[id(rates)] for rates in self.rates))
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A tensor that an update was made of, for finding where it left the finite numbers.
+
+    Attributes:
+        layer: t; None if it belongs to no layer.
+        name: as in the paper.
+        values: (R, …), or (N, …) with the blocks of a run next to each other.
+    """
+
+    layer: int | None
+    name: str
+    values: Tensor
+
+
+Trace = Callable[[], Iterator[Quantity]]
+"""Lists what an update was made of, in the order of computation."""
 
 
 class Optimizer(Protocol):
     """Updates the controls of a group, given a forward pass over them."""
 
-    def step(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> None:
+    members: Members
+
+    def step(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Trace:
         """Update u_t (each (R, o, ī)) in place by one batch's trajectory and targets (R, B)."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what is remembered between steps; nothing in it is written into later."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
         ...
 
     def select(self, keep: Tensor) -> None:
         """Keep only the members of these indices (K,), with their state."""
         ...
+
+
+def finite_members(controls: Controls) -> Tensor:
+    """Return which members have finite controls alone, (R,) bool."""
+    largest = [torch.linalg.vector_norm(u, ord=torch.inf, dim=(1, 2)) for u in controls]
+    return torch.isfinite(torch.stack(largest)).all(dim=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """The first quantity of an update that is not finite.
+
+    Attributes:
+        quantity: its name, with the layer: `V_xx of layer 3`.
+        layer: t; None if it belongs to no layer.
+        value: its first entry that is not finite.
+    """
+
+    quantity: str
+    layer: int | None
+    value: float
+
+
+def blame(trace: Trace, row: int, members: int) -> Blame | None:
+    """Find the first quantity of a member's update that is not finite; None if all are."""
+    for quantity in trace():
+        values = quantity.values.unflatten(0, (members, -1))[row]
+        bad = values[~torch.isfinite(values)]
+        if len(bad):
+            place = "" if quantity.layer is None else f" of layer {quantity.layer}"
+            return Blame(quantity.name + place, quantity.layer, float(bad[0]))
+    return None

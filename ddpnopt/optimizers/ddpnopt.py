@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
-from ddpnopt.config import FeedbackConfig
-from ddpnopt.ddp.backward import FullForm, FullValue, Gradient, OpenLoopForm, Policy, backward_pass
+from ddpnopt.config import PRECONDITIONER_OF, FeedbackConfig
+from ddpnopt.ddp.backward import (
+    FullForm,
+    FullValue,
+    Gradient,
+    OpenLoopForm,
+    Sweep,
+    backward_pass,
+)
 from ddpnopt.ddp.forward import apply_policy
 from ddpnopt.ddp.outer_product import OuterProductForm, OuterProductValue
+from ddpnopt.ddp.second_order import SecondOrderForm
 from ddpnopt.errors import ConfigError
-from ddpnopt.layers.network import Controls, Trajectory
-from ddpnopt.optimizers.base import Members
-from ddpnopt.preconditioners import PRECONDITIONERS
+from ddpnopt.layers.conv import Conv2d
+from ddpnopt.layers.network import Controls, Network, Trajectory
+from ddpnopt.optimizers.base import Members, Quantity, Trace
+from ddpnopt.optimizers.momentum import Descent, inverses
+from ddpnopt.preconditioners import PRECONDITIONERS, Units
 
 
 class DDPNOpt:
@@ -22,51 +33,92 @@ class DDPNOpt:
     def __init__(self, members: Members) -> None:
         if members.config.feedback is None:
             raise ConfigError("feedback", None, "the options of DDPNOpt")
-        self.options: FeedbackConfig = members.config.feedback.resolved()
+        self.options = resolve(members.config.feedback, members.network)
         self.members = members
-        self.preconditioner = PRECONDITIONERS[members.config.baseline]()
+        name = PRECONDITIONER_OF[members.config.baseline]
+        self.descent = Descent(PRECONDITIONERS[name](members.config.options))
 
-    def step(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> None:
+    def step(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Trace:
         """See `Optimizer.step`."""
-        policies = self.policies(controls, trajectory, targets)
-        apply_policy(
-            policies,
-            controls,
-            self.members.sigma,
-            trajectory,
-            self.preconditioner,
-            self.members.learning_rate,
-            batch_weight=1.0 if self.options.convention == "batch_mean" else 1.0 / targets.shape[-1],
-        )
+        members, descent = self.members, self.descent
+        sweep = self.sweep(controls, trajectory, targets)
+        directions: list[Tensor] = []
 
-    def policies(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Sequence[Policy]:
-        """Return the policy of each layer, t = 0..T-1, without applying it."""
+        def update(t: int, u: Tensor, direction: Tensor) -> None:
+            directions.append(direction)
+            descent.update(t, u, direction, members.rates[t])
+
+        units = self.units(targets)
+        apply_policy(sweep.policies, members.network, controls, trajectory, members.rates, units, update)
+
+        def trace() -> Iterator[Quantity]:
+            layers = range(len(controls) - 1, -1, -1)
+            for t in layers:
+                yield Quantity(t, "V_x", sweep.policies[t].V_h)
+                for factor in sweep.policies[t].factors():
+                    yield Quantity(t, "V_xx", factor)
+            for t, part in inverses(descent.preconditioner, layers):
+                yield Quantity(t, "M", part)
+            for t, direction in enumerate(directions):
+                yield Quantity(t, "Q_u + Q_ux δx", direction)
+
+        return trace
+
+    def sweep(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Sweep:
+        """Do the backward pass: the policy and the value of every layer, none of it applied."""
         members, options = self.members, self.options
-        sweep = (controls, trajectory, self.preconditioner, members.learning_rate)
-        V_x, scale = self.terminal_gradient(trajectory, targets)
+        units = self.units(targets)
+        preconditioner = self.descent.preconditioner
+        network, rates = members.network, members.rates
+        rest = (network, controls, trajectory, preconditioner, rates, units)
+        V_x = members.loss.gradient(trajectory.output, targets) * units.share
         if not options.feedback:
-            return backward_pass(OpenLoopForm(), Gradient(V_x), *sweep)
+            return backward_pass(OpenLoopForm(), Gradient(V_x), *rest)
         if options.factorized:
-            z = V_x * options.curvature_scale**0.5
-            form = OuterProductForm(members.vxx_reg, options.safeguard)
-            return backward_pass(form, OuterProductValue(V_x, z), *sweep)
+            rows = V_x.unsqueeze(2).repeat(1, 1, 2, 1)
+            rows[:, :, 1] *= options.curvature_scale**0.5
+            return backward_pass(OuterProductForm(options.safeguard), OuterProductValue(rows), *rest)
+        # In batch-mean units V_x = ∇φ/B and the curvature bears the factor squared: the outer product of
+        # that gradient, with the exact Hessian put on the same scale.
         if options.terminal_hessian == "exact":
-            hessian = members.loss.hessian(trajectory.logits, targets) * scale**2
+            hessian = members.loss.hessian(trajectory.output, targets) * units.share**2
         else:
             hessian = V_x.unsqueeze(-1) * V_x.unsqueeze(-2)
         terminal = FullValue(V_x, options.curvature_scale * hessian)
-        return backward_pass(FullForm(members.vxx_reg, options.safeguard), terminal, *sweep)
+        if options.dynamics == "second_order":
+            return backward_pass(SecondOrderForm(options.safeguard), terminal, *rest)
+        return backward_pass(FullForm(options.safeguard), terminal, *rest)
 
-    def terminal_gradient(self, trajectory: Trajectory, targets: Tensor) -> tuple[Tensor, float]:
-        """Return V_x at T (R, B, C) and the factor on ∇φ in it.
+    def units(self, targets: Tensor) -> Units:
+        """Return the units of the value function for a batch."""
+        return Units.of(self.options.convention, targets.shape[1])
 
-        In batch-mean units V_x = ∇φ/B and the curvature bears the factor squared: the outer product of
-        that gradient, with the exact Hessian put on the same scale.
-        """
-        scale = 1.0 / targets.shape[-1] if self.options.convention == "batch_mean" else 1.0
-        return self.members.loss.gradient(trajectory.logits, targets) * scale, scale
+    def state(self) -> dict[str, Any]:
+        """See `Optimizer.state`."""
+        return self.descent.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `Optimizer.load_state`."""
+        self.descent.load_state(state)
 
     def select(self, keep: Tensor) -> None:
         """See `Optimizer.select`."""
         self.members = self.members.select(keep)
-        self.preconditioner.select(keep)
+        self.descent.select(keep)
+
+
+def resolve(feedback: FeedbackConfig, network: Network) -> FeedbackConfig:
+    """Fill in the defaults for a net.
+
+    Raises:
+        ConfigError: if a layer cannot do what is asked for.
+    """
+    options = feedback.resolved(convolutional=any(isinstance(s.affine, Conv2d) for s in network.stages))
+    dense = all(s.affine.dense and all(layer.dense for layer in s.sigma) for s in network.stages)
+    if options.feedback and not options.factorized and not dense:
+        raise ConfigError(
+            "ddpnopt.factorized",
+            False,
+            "true with generic layers, whose V_xx is an outer product (terminal_hessian: gauss_newton)",
+        )
+    return options

@@ -10,7 +10,6 @@ Index legend: r run in the pack, b sample.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -21,9 +20,9 @@ from torch import Tensor
 from ddpnopt.config import EVAL_CHUNK, RunConfig
 from ddpnopt.datasets.load import Dataset, load
 from ddpnopt.errors import ConfigError
-from ddpnopt.layers.activations import Activation
 from ddpnopt.layers.losses import LOSSES, Loss
-from ddpnopt.layers.network import Controls, activations, predict, rollout
+from ddpnopt.layers.network import Controls, Network, predict, rollout
+from ddpnopt.models import network
 from ddpnopt.pack import rng
 from ddpnopt.pack.stack import DTYPES, Stack, stack
 from ddpnopt.results import (
@@ -88,11 +87,12 @@ class Trainer:
         self.device = device
         self.dtype = DTYPES[first.dtype]
         self.loss: Loss = LOSSES[first.loss]
-        self.sigma = activations(first.model)
+        classes = int(data.train_targets.max()) + 1
+        self.network = network(first.model, data.shape, classes)
         self.train_set = self._on_device(data.train_inputs, data.train_targets)
         self.test_set = self._on_device(data.test_inputs, data.test_targets)
-        classes = int(data.train_targets.max()) + 1
-        self.stack: Stack = stack(runs, first.model.widths(data.train_inputs.shape[1], classes), device)
+        layers = first.model.layers(data.shape, classes)
+        self.stack: Stack = stack(runs, self.network, layers, device)
         self.batches = BatchStream(self.stack.seeds, self.samples, self.batch_size, device)
         self.last_loss: Tensor | None = None
         self.curves: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = []
@@ -105,11 +105,14 @@ class Trainer:
         )
 
     def update(self, step: int) -> None:
-        """Do update number `step` (from 1); members whose batch loss is not finite leave instead."""
+        """Do update number `step` (from 1).
+
+        Members whose batch loss is not finite leave instead, members whose new weights are not leave after.
+        """
         rows = self.batches.at(step - 1)[self.stack.seed_row]
         inputs, targets = self.train_set[0][rows], self.train_set[1][rows]
-        trajectory = rollout(self.stack.controls, self.sigma, inputs)
-        loss = self.loss.value(trajectory.logits, targets).mean(dim=-1)
+        trajectory = rollout(self.network, self.stack.controls, inputs)
+        loss = self.loss.value(trajectory.output, targets).mean(dim=-1)
         finite = torch.isfinite(loss)
         if not bool(finite.all()):
             self._drop(~finite, step, "batch_loss", loss, self.last_loss)
@@ -117,23 +120,22 @@ class Trainer:
                 return
             # The members that stay take this step on their own forward pass, made anew without the others.
             loss, targets = loss[finite], targets[finite]
-            trajectory = rollout(self.stack.controls, self.sigma, inputs[finite])
+            trajectory = rollout(self.network, self.stack.controls, inputs[finite])
         self.last_loss = loss
-        self.stack.step(trajectory, targets)
+        finite, blamed = self.stack.step(trajectory, targets)
+        if blamed:
+            for row, found in blamed.items():
+                self._record(row, Divergence(step, found.quantity, non_finite_kind(found.value), None))
+            self._keep(finite)
 
     def take_metrics(self, step: int) -> None:
         """Add a point to the curves of all active members; those with non-finite numbers leave."""
-        finite = torch.stack([torch.isfinite(u).flatten(1).all(dim=1) for u in self.stack.controls]).all(
-            dim=0
-        )
-        if not bool(finite.all()):
-            self._drop(~finite, step, "weights", torch.full_like(finite, math.nan, dtype=self.dtype), None)
         if len(self.stack.index) == 0:
             return
         point = torch.stack(
             [
-                *evaluate(self.stack.controls, self.sigma, self.loss, *self.train_set),
-                *evaluate(self.stack.controls, self.sigma, self.loss, *self.test_set),
+                *evaluate(self.network, self.stack.controls, self.loss, *self.train_set),
+                *evaluate(self.network, self.stack.controls, self.loss, *self.test_set),
             ],
             dim=1,
         )
@@ -150,11 +152,16 @@ class Trainer:
     def _drop(self, bad: Tensor, step: int, quantity: str, now: Tensor, before: Tensor | None) -> None:
         for row in bad.nonzero().flatten().tolist():
             last = None if before is None else float(before[row])
-            kind = non_finite_kind(float(now[row]))
-            self.diverged[int(self.stack.index[row])] = Divergence(step, quantity, kind, last)
-        self.stack.select(~bad)
+            self._record(row, Divergence(step, quantity, non_finite_kind(float(now[row])), last))
+        self._keep(~bad)
+
+    def _record(self, row: int, divergence: Divergence) -> None:
+        self.diverged[int(self.stack.index[row])] = divergence
+
+    def _keep(self, finite: Tensor) -> None:
+        self.stack.select(finite)
         if self.last_loss is not None:
-            self.last_loss = self.last_loss[~bad]
+            self.last_loss = self.last_loss[finite]
 
     def results(self, steps: int) -> tuple[RunResult, ...]:
         """Return one result per run, in the order in which the runs were handed in."""
@@ -204,13 +211,13 @@ class BatchStream:
 
 
 def evaluate(
-    controls: Controls, sigma: tuple[Activation, ...], loss: Loss, inputs: Tensor, targets: Tensor
+    layers: Network, controls: Controls, loss: Loss, inputs: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Measure every member on a whole set.
 
     Args:
-        controls: u_t, each (R, n_{t+1}, n_t + 1).
-        sigma: σ_t.
+        layers: the nets.
+        controls: u_t, each (R, o_t, ī_t).
         loss: φ.
         inputs: (N, n_0).
         targets: (N,).
@@ -224,7 +231,7 @@ def evaluate(
     for start in range(0, len(inputs), EVAL_CHUNK):
         x = inputs[start : start + EVAL_CHUNK].expand(members, -1, -1)
         y = targets[start : start + EVAL_CHUNK].expand(members, -1)
-        logits = predict(controls, sigma, x)
+        logits = predict(layers, controls, x)
         total += loss.value(logits, y).sum(dim=-1, dtype=torch.float64)
         right += (logits.argmax(dim=-1) == y).sum(dim=-1)
     return total / len(inputs), right * (100.0 / len(inputs))

@@ -6,11 +6,13 @@ start from the same weights and see the same batches, and so that both runs of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ddpnopt.config import LayerShape
 
 
 class Stream(IntEnum):
@@ -25,20 +27,20 @@ def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(stream), *key))))
 
 
-def initial_controls(seed: int, widths: tuple[int, ...]) -> list[NDArray[np.float64]]:
-    """Draw u_t = [W_t, b_t] by torch's default law for Linear, uniform on ±1/sqrt(n_t).
+def initial_controls(seed: int, layers: Sequence[LayerShape]) -> list[NDArray[np.float64]]:
+    """Draw u_t = [W_t, b_t] by torch's default law for Linear and Conv2d, uniform on ±1/sqrt(inputs).
 
     Args:
         seed: the run's.
-        widths: n_0..n_T.
+        layers: t = 0..T-1.
 
     Returns:
-        u_t of t = 0..T-1, each (n_{t+1}, n_t + 1) float64.
+        u_t of t = 0..T-1, each (outputs, inputs + 1) float64.
     """
     rng = generator(seed, Stream.WEIGHTS)
     return [
-        rng.uniform(-1.0, 1.0, size=(outputs, inputs + 1)) / np.sqrt(inputs)
-        for inputs, outputs in pairwise(widths)
+        rng.uniform(-1.0, 1.0, size=(layer.outputs, layer.inputs + 1)) / np.sqrt(layer.inputs)
+        for layer in layers
     ]
 
 

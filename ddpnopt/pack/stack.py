@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ddpnopt import optimizers
-from ddpnopt.config import RunConfig
+from ddpnopt.config import LayerShape, RunConfig
 from ddpnopt.errors import ConfigError
 from ddpnopt.layers.losses import LOSSES
-from ddpnopt.layers.network import Controls, Trajectory, activations
+from ddpnopt.layers.network import Controls, Network, Trajectory
 from ddpnopt.optimizers import Members, Optimizer
+from ddpnopt.optimizers.base import Blame, blame, finite_members
 from ddpnopt.pack import rng
+from ddpnopt.rates import Rates
 
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
 
@@ -42,7 +44,7 @@ class Stack:
         index: (R,) each member's place in the sequence that was handed in.
         seed_row: (R,) each member's row among `seeds`.
         seeds: the pack's distinct seeds.
-        controls: u_t, each (R, n_{t+1}, n_t + 1).
+        controls: u_t, each (R, o_t, ī_t).
         groups: cover the members without gap or overlap.
     """
 
@@ -52,11 +54,25 @@ class Stack:
     controls: Controls
     groups: list[Group]
 
-    def step(self, trajectory: Trajectory, targets: Tensor) -> None:
-        """Let every group's optimizer update its members by one batch, targets (R, B)."""
+    def step(self, trajectory: Trajectory, targets: Tensor) -> tuple[Tensor, dict[int, Blame]]:
+        """Let every group's optimizer update its members by one batch, targets (R, B).
+
+        Returns:
+            Whose controls are finite afterwards, (R,) bool, and what was to blame for each of the others.
+        """
+        traces = []
         for group in self.groups:
             part = slice(group.start, group.stop)
-            group.optimizer.step([u[part] for u in self.controls], trajectory.members(part), targets[part])
+            views = [u[part] for u in self.controls]
+            traces.append(group.optimizer.step(views, trajectory.members(part), targets[part]))
+        finite = finite_members(self.controls)
+        blamed: dict[int, Blame] = {}
+        if not bool(finite.all()):
+            for group, trace in zip(self.groups, traces, strict=True):
+                for row in (~finite[group.start : group.stop]).nonzero().flatten().tolist():
+                    found = blame(trace, row, group.stop - group.start)
+                    blamed[group.start + row] = found or Blame("weights", None, float("nan"))
+        return finite, blamed
 
     def select(self, keep: Tensor) -> None:
         """Keep only the members where `keep` (R,) bool is true; the others' numbers stay as they are."""
@@ -72,12 +88,15 @@ class Stack:
         self.controls = [u[keep] for u in self.controls]
 
 
-def stack(runs: Sequence[RunConfig], widths: tuple[int, ...], device: torch.device) -> Stack:
+def stack(
+    runs: Sequence[RunConfig], network: Network, layers: Sequence[LayerShape], device: torch.device
+) -> Stack:
     """Build a pack's starting state.
 
     Args:
         runs: at least one, all of one `pack_key`.
-        widths: n_0..n_T.
+        network: the nets' layers.
+        layers: the sizes of those with controls.
         device: where it trains.
 
     Raises:
@@ -87,41 +106,44 @@ def stack(runs: Sequence[RunConfig], widths: tuple[int, ...], device: torch.devi
         raise ConfigError("runs", [], "at least one run")
     if len({run.pack_key() for run in runs}) != 1:
         raise ConfigError("runs", len(runs), "runs of one pack_key")
-    order = sorted(range(len(runs)), key=lambda i: (repr(optimizers.group_key(runs[i].optimizer)), i))
+    order = sorted(range(len(runs)), key=lambda i: (repr(_group_key(runs[i])), i))
     seeds = tuple(sorted({run.seed for run in runs}))
     dtype = DTYPES[runs[0].dtype]
     rows = {seed: row for row, seed in enumerate(seeds)}
     seed_row = torch.tensor([rows[runs[i].seed] for i in order], device=device)
-    per_seed = [rng.initial_controls(seed, widths) for seed in seeds]
+    per_seed = [rng.initial_controls(seed, layers) for seed in seeds]
     controls = [
         torch.from_numpy(np.stack([u[t] for u in per_seed])).to(device=device, dtype=dtype)[seed_row]
-        for t in range(len(widths) - 1)
+        for t in range(len(layers))
     ]
     index = torch.tensor(order, device=device)
-    return Stack(index, seed_row, seeds, controls, _groups(runs, order, dtype, device))
+    return Stack(index, seed_row, seeds, controls, _groups(runs, order, network, dtype, device))
+
+
+def _group_key(run: RunConfig) -> tuple[object, ...]:
+    return optimizers.group_key(run.optimizer, convolutional=run.model.convolutional)
 
 
 def _groups(
-    runs: Sequence[RunConfig], order: list[int], dtype: torch.dtype, device: torch.device
+    runs: Sequence[RunConfig], order: list[int], network: Network, dtype: torch.dtype, device: torch.device
 ) -> list[Group]:
     groups, start = [], 0
-    for _, indices in groupby(order, key=lambda i: optimizers.group_key(runs[i].optimizer)):
+    for _, indices in groupby(order, key=lambda i: _group_key(runs[i])):
         members = [runs[i] for i in indices]
         first = members[0]
 
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device).reshape(-1, 1, 1)
 
-        optimizer = optimizers.make(
-            members,
-            Members(
-                first.optimizer,
-                activations(first.model),
-                LOSSES[first.loss],
-                column([run.optimizer.learning_rate for run in members]),
-                column([run.optimizer.vxx_reg or 0.0 for run in members]),
-            ),
+        options = first.optimizer.options
+        rates = Rates(
+            column([run.optimizer.learning_rate for run in members]),
+            column([run.optimizer.vxx_reg or 0.0 for run in members]),
+            column([options.weight_decay] * len(members)) if options.weight_decay else None,
+            options.momentum,
         )
+        every = (rates,) * len(network.stages)
+        optimizer = optimizers.make(Members(first.optimizer, network, LOSSES[first.loss], every))
         groups.append(Group(start, start + len(members), optimizer))
         start += len(members)
     return groups

@@ -8,12 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from ddpnopt.preconditioners.base import Preconditioner
+from ddpnopt.config import BaselineOptions
+from ddpnopt.preconditioners.base import LayerBatch, Preconditioner, Units, direction
+from ddpnopt.preconditioners.diagonal import Adam, RMSprop
 from ddpnopt.preconditioners.identity import Identity
+from ddpnopt.preconditioners.kronecker import EKFAC, KFAC
 
-PRECONDITIONERS: Final[Mapping[str, Callable[[], Preconditioner]]] = {
-    "sgd": Identity,
+PRECONDITIONERS: Final[Mapping[str, Callable[[BaselineOptions], Preconditioner]]] = {
+    "identity": Identity,
+    "rmsprop": RMSprop,
+    "adam": Adam,
+    "kfac": KFAC,
+    "ekfac": EKFAC,
 }
-"""The preconditioner of each baseline, and so of its DDPNOpt partner."""
+"""Each preconditioner by name; `config.PRECONDITIONER_OF` says which baseline has which."""
 
-__all__ = ["PRECONDITIONERS", "Preconditioner"]
+__all__ = ["PRECONDITIONERS", "LayerBatch", "Preconditioner", "Units", "direction"]

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+
+from ddpnopt.config import BaselineOptions
+from ddpnopt.linalg import FactoredInverse
+from ddpnopt.preconditioners.base import LayerBatch
+
+_ONE = FactoredInverse()
 
 
 class Identity:
     """M_t = I."""
 
-    def observe(self, t: int, V_h: Tensor, x_bar: Tensor) -> None:
+    def __init__(self, options: BaselineOptions) -> None:
+        del options
+
+    def observe(self, t: int, batch: LayerBatch) -> None:
         """Nothing to learn from a batch."""
 
-    def contraction(self, t: int, x_bar: Tensor) -> Tensor:
-        """Return |x̄|², (R, B, 1): the same for every output unit."""
-        return (x_bar * x_bar).sum(dim=-1, keepdim=True)
+    def inverse(self, t: int) -> FactoredInverse:
+        """Return the identity."""
+        return _ONE
 
-    def apply(self, t: int, direction: Tensor) -> Tensor:
+    def precondition(self, t: int, direction: Tensor) -> Tensor:
         """Return the direction itself."""
         return direction
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to take back."""
 
     def select(self, keep: Tensor) -> None:
         """Nothing to keep."""

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpnopt.config import FeedbackConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from ddpnopt.config import (
+    PRECONDITIONER_OF,
+    BaselineOptions,
+    FeedbackConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from ddpnopt.datasets.load import Dataset
 from ddpnopt.pack.engine import Trainer, train
 from ddpnopt.results import Finished, RunResult
@@ -30,20 +38,39 @@ FEEDBACKS: Final = {
     )
     for form, convention, safeguard in product(FORMS, CONVENTIONS, SAFEGUARDS)
 }
-"""Every DDPNOpt that there is, by name."""
+"""Every DDPNOpt of first order that there is, by name."""
+
+PARTNERS: Final = {
+    f"{baseline}-{name}": OptimizerConfig(baseline, "ddpnopt", 0.05, 1e-4, feedback)
+    for baseline in PRECONDITIONER_OF
+    for name, feedback in {
+        "full": FeedbackConfig(),
+        "outer_product": FeedbackConfig("gauss_newton"),
+        "second_order": FeedbackConfig(dynamics="second_order"),
+    }.items()
+}
+"""Every preconditioner with each way to hold V_xx."""
 
 
-def toy(samples: int = 60, features: int = 5, classes: int = 3, seed: int = 0) -> Dataset:
+def toy(
+    samples: int = 60, features: int = 5, classes: int = 3, seed: int = 0, shape: tuple[int, ...] = ()
+) -> Dataset:
     """Gaussian clusters, one per class, half as many in the test set as in the training set."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(classes, features))
     targets = np.arange(samples + samples // 2) % classes
     inputs = centres[targets] + rng.normal(size=(len(targets), features))
-    return Dataset("toy", inputs[:samples], targets[:samples], inputs[samples:], targets[samples:], "none")
+    return Dataset(
+        "toy", inputs[:samples], targets[:samples], inputs[samples:], targets[samples:], "none", shape
+    )
+
+
+def baseline(name: str, learning_rate: float = 0.1, **options: Any) -> OptimizerConfig:
+    return OptimizerConfig(name, "baseline", learning_rate, options=BaselineOptions(**options))
 
 
 def sgd(learning_rate: float = 0.1) -> OptimizerConfig:
-    return OptimizerConfig("sgd", "baseline", learning_rate)
+    return baseline("sgd", learning_rate)
 
 
 def ddpnopt(
@@ -57,7 +84,7 @@ def ddpnopt(
 
 def run(optimizer: OptimizerConfig, seed: int = 0, **changes: Any) -> RunConfig:
     """A short run in float64; `changes` go to the model, the training or the run itself by their names."""
-    model: dict[str, Any] = {"hidden": (6, 4), "activation": "tanh"}
+    model: dict[str, Any] = {"hidden": (6, 4), "activation": "tanh", "kind": "fcn", "channels": ()}
     training: dict[str, Any] = {"steps": 10, "batch_size": 16, "eval_every": 4}
     rest: dict[str, Any] = {"dataset": "toy", "loss": "cross_entropy", "dtype": "float64"}
     for name, value in changes.items():

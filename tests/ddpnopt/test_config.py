@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -16,23 +17,46 @@ from ddpnopt.config import (
     MAX_SEED,
     MAX_STEPS,
     MAX_WIDTH,
+    OPTIONS_OF,
+    PRECONDITIONER_OF,
+    Baseline,
+    BaselineOptions,
     FeedbackConfig,
+    LayerShape,
     ModelConfig,
     OptimizerConfig,
+    PairedBaseline,
     RunConfig,
     TrainingConfig,
 )
 from ddpnopt.errors import ConfigError, DDPNOptError
-from tests.ddpnopt.problems import ddpnopt, run, sgd
+from tests.ddpnopt.problems import baseline, ddpnopt, run, sgd
 
 MODEL = ModelConfig((3,))
+CNN = ModelConfig((3,), kind="cnn", channels=(4,) * 4)
 TRAINING = TrainingConfig(10, 8, 5)
 RUN = run(ddpnopt())
 
 REFUSED = [
     # make, field, value as it is shown, words of what is allowed
-    (lambda: ModelConfig((3,), kind="cnn"), "model.kind", "'cnn'", "fcn"),
-    (lambda: ModelConfig((3,), "swish"), "model.activation", "'swish'", "tanh, relu, sigmoid, identity"),
+    (lambda: ModelConfig((3,), kind="rnn"), "model.kind", "'rnn'", "fcn, cnn"),
+    (lambda: ModelConfig((3,), kind="cnn"), "model.channels", "()", "at least one convolution"),
+    (lambda: ModelConfig((3,), channels=(2,)), "model.channels", "(2,)", "nothing for an fcn"),
+    (lambda: CNN.layers((64,), 10), "model.kind", "'cnn'", "no images"),
+    (lambda: CNN.layers((1, 3, 3), 10), "model.channels", "(4, 4, 4, 4)", "at most 3 convolutions"),
+    (lambda: ModelConfig((3,), "swish"), "model.activation", "'swish'", "tanh, relu, sigmoid, gelu"),
+    (lambda: ModelConfig((3,), output="swish"), "model.output", "'swish'", "tanh, relu, sigmoid, gelu"),
+    (lambda: BaselineOptions(momentum=1.0), "momentum", "1.0", "below 1"),
+    (lambda: BaselineOptions(betas=(0.9, 1)), "betas[1]", "1", "below 1"),
+    (lambda: BaselineOptions(betas=0.9), "betas", "0.9", "two numbers"),
+    (lambda: BaselineOptions(damping=-1.0), "damping", "-1.0", "at least 0"),
+    (lambda: BaselineOptions(second_moment="mean"), "second_moment", "'mean'", "batch, per_sample"),
+    (lambda: BaselineOptions(inverse_every=0), "inverse_every", "0", "from 1"),
+    (lambda: baseline("sgd", damping=0.1), "damping", "0.1", "nothing: sgd has momentum, weight_decay"),
+    (lambda: baseline("adam", momentum=0.9), "momentum", "0.9", "nothing: adam has"),
+    (lambda: replace(ddpnopt(), baseline="emsa"), "baseline", "'emsa'", "one of sgd, rmsprop, adam, kfac"),
+    (lambda: FeedbackConfig(dynamics="third"), "ddpnopt.dynamics", "'third'", "first_order, second_order"),
+    (lambda: FeedbackConfig(None, True, dynamics="second_order"), "ddpnopt.factorized", "True", "full rank"),
     (lambda: ModelConfig([3]), "model.hidden", "[3]", "tuple"),
     (lambda: ModelConfig((3,) * (MAX_DEPTH + 1)), "model.hidden", "65", "at most 64"),
     (lambda: ModelConfig((3, 0)), "model.hidden[1]", "0", "from 1 to 8192"),
@@ -81,8 +105,8 @@ def test_what_is_refused_is_named_with_its_value_and_what_is_allowed(make, field
 
 
 def test_the_limits_themselves_are_allowed():
-    assert ModelConfig((MAX_WIDTH,) * MAX_DEPTH).widths(5, 3) == (5, *(MAX_WIDTH,) * MAX_DEPTH, 3)
-    assert ModelConfig(()).widths(5, 3) == (5, 3)
+    assert len(ModelConfig((MAX_WIDTH,) * MAX_DEPTH).layers((5,), 3)) == MAX_DEPTH + 1
+    assert ModelConfig(()).layers((5,), 3) == (LayerShape(3, 5, 1, 5),)
     assert TrainingConfig(MAX_STEPS, 1, MAX_STEPS).steps == MAX_STEPS
     assert replace(RUN, seed=MAX_SEED).seed == MAX_SEED
     assert ddpnopt(vxx_reg=0.0, curvature_scale=0.0).vxx_reg == 0.0
@@ -145,9 +169,13 @@ feedbacks = st.builds(
     st.sampled_from(("clamp", "psd")),
     st.booleans(),
 ) | st.just(FeedbackConfig())
-optimizers = st.builds(
-    OptimizerConfig, st.just("sgd"), st.just("ddpnopt"), finite.filter(bool), finite, feedbacks
-) | st.builds(sgd, finite.filter(bool))
+fraction = st.floats(0, 1, exclude_max=True)
+optimizers = (
+    st.builds(OptimizerConfig, st.just("sgd"), st.just("ddpnopt"), finite.filter(bool), finite, feedbacks)
+    | st.builds(sgd, finite.filter(bool))
+    | st.builds(baseline, st.just("adam"), betas=st.tuples(fraction, fraction), eps=finite)
+    | st.builds(baseline, st.just("ekfac"), damping=finite, factor_decay=fraction)
+)
 runs = st.builds(
     RunConfig,
     dataset=st.sampled_from(("wine", "digits")),
@@ -155,7 +183,8 @@ runs = st.builds(
         ModelConfig,
         st.lists(st.integers(1, MAX_WIDTH), max_size=5).map(tuple),
         st.sampled_from(("tanh", "relu", "sigmoid", "identity")),
-    ),
+    )
+    | st.just(CNN),
     loss=st.just("cross_entropy"),
     training=st.builds(
         TrainingConfig, st.integers(1, MAX_STEPS), st.integers(1, 1_000_000), st.integers(1, MAX_STEPS)
@@ -172,6 +201,29 @@ def test_a_run_is_the_same_after_a_trip_through_json(one):
     again = RunConfig.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False)))
     assert again == one
     assert hash(again) == hash(one)
+
+
+def test_a_run_written_before_there_were_options_reads_as_it_was_meant():
+    data = json.loads(json.dumps(run(sgd()).to_dict()))
+    del data["optimizer"]["options"], data["model"]["channels"], data["model"]["output"]
+    assert RunConfig.from_dict(data) == run(sgd())
+
+
+def test_a_convolution_takes_the_gauss_newton_form():
+    assert FeedbackConfig().resolved(convolutional=True) == FeedbackConfig("gauss_newton", True)
+    second = FeedbackConfig(dynamics="second_order")
+    assert second.resolved(convolutional=True) == replace(
+        second, terminal_hessian="gauss_newton", factorized=False
+    )
+    exact = FeedbackConfig("exact")
+    assert exact.resolved(convolutional=True) == FeedbackConfig("exact", factorized=False)
+
+
+def test_every_baseline_says_which_options_it_takes():
+    assert set(OPTIONS_OF) == set(get_args(Baseline))
+    assert set(PRECONDITIONER_OF) == set(get_args(PairedBaseline))
+    known = {field.name for field in fields(BaselineOptions)}
+    assert {name for names in OPTIONS_OF.values() for name in names} == known
 
 
 @pytest.mark.parametrize("place", [(), ("model",), ("training",), ("optimizer",), ("optimizer", "feedback")])

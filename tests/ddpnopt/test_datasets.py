@@ -1,22 +1,32 @@
-"""Datasets: what the catalogue promises, the same bytes every time, and nothing learnt from the test set."""
+"""Datasets: what the catalogue promises, the same bytes every time, and nothing learnt from the test set.
+
+Here those that come whole; the ones that come in files have `test_dataset_files.py`.
+"""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
+from ddpnopt.datasets import clusters, fetch, wine
 from ddpnopt.datasets import load as module
-from ddpnopt.datasets import wine
-from ddpnopt.datasets.catalog import CATALOG
-from ddpnopt.datasets.load import READERS, load
+from ddpnopt.datasets.catalog import CATALOG, CLUSTERS
+from ddpnopt.datasets.load import FILE_READERS, READERS, Dataset, load
 from ddpnopt.errors import ConfigError, DataError
 
 CHECKSUMS = {
     "digits": "047e39c591cf252696da035a0d05386903a17e77d438028c676b8f89a0a65633",
     "wine": "c6958100894fe049743211d7e7b747650d9bf9d09c8ef78f383156e802a0d307",
+    "clusters5": "832211ea8b881af81d67581cba3beaa580aba462aca1566b9d2000e1907ce083",
+    "clusters8": "b8df601c2fe56b87da3624f695e0fd2cc45bcd2f1f16e6e7e2696e947bf79857",
+    "clusters12": "7679f2f5595760d0002496b2fe0bc96309a1d4a4ebacb4444b5754d7010c8e83",
+    "clusters15": "0a281a8f01f52addd1bc10e21079d3d096b41cfd8f8b07116a44ca6efb2aa789",
 }
 
-datasets = pytest.mark.parametrize("name", sorted(CATALOG))
+datasets = pytest.mark.parametrize("name", sorted(READERS))
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +37,11 @@ def nothing_cached():
 
 
 def test_every_row_of_the_catalogue_has_a_reader_and_a_checksum_here():
-    assert set(READERS) == set(CATALOG) == set(CHECKSUMS)
+    assert set(READERS) == set(CHECKSUMS)
+    assert set(FILE_READERS) == set(fetch.OFFICIAL)
+    assert sorted([*READERS, *FILE_READERS]) == sorted(CATALOG)
     assert all(info.name == name for name, info in CATALOG.items())
+    assert all(info.features == math.prod(info.shape) for info in CATALOG.values())
     with pytest.raises(TypeError):
         CATALOG["more"] = CATALOG["wine"]
 
@@ -36,6 +49,7 @@ def test_every_row_of_the_catalogue_has_a_reader_and_a_checksum_here():
 @datasets
 def test_sizes_are_the_catalogues(name):
     info, data = CATALOG[name], load(name)
+    assert data.shape == info.shape
     assert data.train_inputs.shape == (info.train_size, info.features)
     assert data.test_inputs.shape == (info.test_size, info.features)
     assert data.train_targets.shape == (info.train_size,)
@@ -120,9 +134,49 @@ def test_digits_are_pixels_from_zero_to_one():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="one of digits, wine") as caught:
-        load("mnist")
-    assert (caught.value.field, caught.value.value) == ("dataset", "mnist")
+    with pytest.raises(
+        ConfigError, match=r"one of cifar10, clusters12, .*, digits, .*, mnist, .*wine"
+    ) as caught:
+        load("imagenet")
+    assert (caught.value.field, caught.value.value) == ("dataset", "imagenet")
+
+
+def test_small_sets_are_kept_until_they_are_forgotten():
+    wine, digits = load("wine"), load("digits")
+    assert load("wine") is wine
+    assert load("digits") is digits
+    load.cache_clear()
+    assert load("wine") is not wine
+
+
+def test_a_set_of_ones_own_has_the_shape_of_its_rows():
+    inputs, targets = np.zeros((4, 6), np.float32), np.arange(4)
+    assert Dataset("own", inputs, targets, inputs, targets, "none").shape == (6,)
+    assert Dataset("own", inputs, targets, inputs, targets, "none", (2, 3)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("k", CLUSTERS)
+def test_clusters_are_what_their_law_says(k):
+    inputs, targets = clusters.read(k)
+    assert np.bincount(targets).tolist() == [clusters.SAMPLES // k] * k
+    assert np.bincount(load(f"clusters{k}").test_targets).tolist() == [480 // k] * k
+    centres = clusters.centres(np.random.Generator(np.random.PCG64(k)), k)
+    noise = inputs - centres[targets]
+    # Five standard errors of a mean and of a variance of this many numbers.
+    assert abs(noise.mean()) < 5 / math.sqrt(noise.size)
+    assert abs(noise.var() - 1) < 5 * math.sqrt(2 / noise.size)
+    means = np.stack([inputs[targets == label].mean(axis=0) for label in range(k)])
+    np.testing.assert_allclose(means, centres, rtol=0, atol=5 / math.sqrt(clusters.SAMPLES / k))
+
+
+@pytest.mark.parametrize("k", CLUSTERS)
+def test_clusters_can_be_learnt_but_not_perfectly(k):
+    data = load(f"clusters{k}")
+    centres = clusters.centres(np.random.Generator(np.random.PCG64(k)), k)
+    distances = ((data.test_inputs[:, None] - centres) ** 2).sum(axis=-1)
+    assert 0.92 < (distances.argmin(axis=1) == data.test_targets).mean() < 0.98
+    learnt = LogisticRegression(max_iter=1000).fit(data.train_inputs, data.train_targets)
+    assert 0.85 < learnt.score(data.test_inputs, data.test_targets) < 0.98
 
 
 def spoilt_with_nan(inputs, targets, at):

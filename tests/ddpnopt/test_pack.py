@@ -11,23 +11,36 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpnopt.config import OptimizerConfig, RunConfig
-from ddpnopt.datasets.load import load
+from ddpnopt.config import ModelConfig, OptimizerConfig, RunConfig
+from ddpnopt.datasets.load import Dataset, load
 from ddpnopt.errors import ConfigError
 from ddpnopt.linalg import bmm
+from ddpnopt.models import network
 from ddpnopt.pack import engine, rng
 from ddpnopt.pack.engine import BatchStream, Trainer, train
 from ddpnopt.pack.stack import stack
 from ddpnopt.results import METRICS, Finished, Progress, RunResult
-from tests.ddpnopt.problems import FEEDBACKS, bits, ddpnopt, results, run, sgd, toy, updates
+from tests.ddpnopt.problems import (
+    FEEDBACKS,
+    PARTNERS,
+    baseline,
+    bits,
+    ddpnopt,
+    results,
+    run,
+    sgd,
+    toy,
+    updates,
+)
 
 CPU = torch.device("cpu")
 DATA = toy()
 WIDE = toy(samples=60, features=33)
+IMAGES = toy(samples=60, features=36, shape=(1, 6, 6))
 
 SHAPES = {
     # Each was a way to lose a bit: odd tails of vector loops, and products with a single row or column.
@@ -42,16 +55,35 @@ SHAPES = {
     "sigmoid": {"hidden": (9, 7, 17), "activation": "sigmoid", "dtype": "float32", "batch_size": 3},
     "sigmoid in float64": {"hidden": (5, 9, 2), "activation": "sigmoid", "batch_size": 7},
     "no hidden layer": {"hidden": (), "activation": "identity", "batch_size": 8},
+    "gelu": {"hidden": (9, 11), "activation": "gelu", "dtype": "float32", "batch_size": 5},
+    "leaky relu, mmc": {"hidden": (9, 11), "activation": "leaky_relu", "batch_size": 6, "loss": "mmc"},
+    "cnn": {
+        "hidden": (5,),
+        "kind": "cnn",
+        "channels": (3, 2),
+        "dtype": "float32",
+        "batch_size": 5,
+        "steps": 4,
+        "loss": "mse",
+    },
 }
 
 OPTIMIZERS = {"sgd": sgd(), **{name: ddpnopt(options=options) for name, options in FEEDBACKS.items()}}
+EVERY = {
+    **OPTIMIZERS,
+    **{name: baseline(name, 0.02) for name in ("rmsprop", "adam", "kfac", "ekfac")},
+    "momentum": baseline("sgd", momentum=0.9, weight_decay=0.01),
+    **PARTNERS,
+}
 
 
 def members(shape: str) -> list[RunConfig]:
     """Runs of all optimizers, three of each: rates, ε and seeds differ."""
     rates, regs = (0.05, 0.2, 0.4), (1e-4, 0.0, 1e-2)
     found = []
-    for i, optimizer in enumerate(OPTIMIZERS.values()):
+    for i, optimizer in enumerate(EVERY.values()):
+        if optimizer.baseline != "sgd":
+            rates = (0.002, 0.01, 0.02)
         for j, (rate, reg) in enumerate(zip(rates, regs, strict=True)):
             reg_ = None if optimizer.feedback is None else reg
             found.append(
@@ -62,7 +94,11 @@ def members(shape: str) -> list[RunConfig]:
 
 @cache
 def alone(shape: str) -> list[RunResult]:
-    return [results([one], WIDE)[0] for one in members(shape)]
+    return [results([one], data_of(shape))[0] for one in members(shape)]
+
+
+def data_of(shape: str) -> Dataset:
+    return IMAGES if SHAPES[shape].get("kind") == "cnn" else WIDE
 
 
 def assert_same_bits(actual: Sequence[RunResult], expected: Sequence[RunResult]) -> None:
@@ -77,17 +113,30 @@ def assert_same_bits(actual: Sequence[RunResult], expected: Sequence[RunResult])
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(
-    chosen=st.lists(st.integers(0, 3 * len(OPTIMIZERS) - 1), min_size=1, max_size=60),
+    chosen=st.lists(st.integers(0, 3 * len(EVERY) - 1), min_size=1, max_size=60),
     threads=st.sampled_from((1, 2)),
 )
-@settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),  # shrinking would take minutes
+)
 def test_any_pack_gives_what_each_run_gives_alone(shape, chosen, threads):
-    """Packs of any size, order and mix, with members twice, on one thread or two."""
+    """Packs of any size, order and mix, with members twice, on one thread or two.
+
+    Convolutions and eigenvectors come from libraries that round by how many threads they have; workers
+    train on one.
+    """
+    if threads > 1:
+        chosen = [i for i in chosen if not members(shape)[i].optimizer.baseline.endswith("kfac")] or [0]
+    threads = 1 if "channels" in SHAPES[shape] else threads
     expected = [alone(shape)[i] for i in chosen]
     runs = [members(shape)[i] for i in chosen]
     torch.set_num_threads(threads)
     try:
-        assert_same_bits(results(runs, WIDE), expected)
+        assert_same_bits(results(runs, data_of(shape)), expected)
     finally:
         torch.set_num_threads(1)
 
@@ -213,9 +262,9 @@ def test_training_by_hand_is_training():
         (1, np.nan, 2, "batch_loss", "nan"),
         (5, np.nan, 6, "batch_loss", "nan"),
         (5, np.inf, 6, "batch_loss", "nan"),  # inf - inf in the softmax
-        (4, np.nan, 4, "weights", "nan"),  # a point of the curves looks at the weights at once
-        (10, np.nan, 10, "weights", "nan"),  # as does the end
-        (10, -np.inf, 10, "weights", "nan"),
+        (4, np.nan, 4, "train_loss", "nan"),  # a point of the curves sees it at once
+        (10, np.nan, 10, "train_loss", "nan"),  # as does the end
+        (10, -np.inf, 10, "train_loss", "+inf"),
     ],
 )
 @pytest.mark.parametrize("index", [0, 7, len(ALL) - 1])
@@ -266,7 +315,7 @@ def test_the_last_finite_loss_is_the_runs_own_after_another_has_left():
             poison(trainer, 0, np.nan)
             with torch.inference_mode():
                 trainer.take_metrics(1)
-            assert trainer.diverged[0].quantity == "weights"
+            assert trainer.diverged[0].quantity == "train_loss"
             for index in range(1, len(ALL)):
                 poison(trainer, index, np.nan)
     assert {i: d.last_finite for i, d in trainer.diverged.items() if i > 0} == {
@@ -349,7 +398,8 @@ def test_batches_follow_one_another_through_the_epochs():
 
 def test_a_pair_shares_batches_and_initial_weights_and_other_seeds_do_not():
     runs = [run(optimizer, seed) for seed in (4, 9) for optimizer in (sgd(), ddpnopt(), ddpnopt(0.3))]
-    packed = stack(runs, (5, 6, 4, 3), CPU)
+    model = runs[0].model
+    packed = stack(runs, network(model, (5,), 3), model.layers((5,), 3), CPU)
     place = {index: row for row, index in enumerate(packed.index.tolist())}
     for u in packed.controls:
         assert torch.equal(u[place[0]], u[place[1]])
@@ -360,7 +410,8 @@ def test_a_pair_shares_batches_and_initial_weights_and_other_seeds_do_not():
 
 
 def test_weights_start_as_torchs_linear_does():
-    for u, inputs in zip(rng.initial_controls(0, (64, 10, 300, 10)), (64, 10, 300), strict=True):
+    layers = ModelConfig((10, 300)).layers((64,), 10)
+    for u, inputs in zip(rng.initial_controls(0, layers), (64, 10, 300), strict=True):
         bound = 1 / np.sqrt(inputs)
         assert np.abs(u).max() <= bound
         assert abs(u.std() - bound / np.sqrt(3)) < 0.05 * bound
@@ -387,7 +438,7 @@ def test_streams_do_not_meet_at_large_seeds():
 
 def test_what_a_seed_draws_is_fixed_for_good():
     """A change here is a change of `ddpnopt.NUMERICS_VERSION`."""
-    u = rng.initial_controls(7, (3, 2, 2))
+    u = rng.initial_controls(7, ModelConfig((2,)).layers((3,), 2))
     assert hashlib.sha256(b"".join(layer.tobytes() for layer in u)).hexdigest()[:16] == "a422e881e17f42d8"
     order = rng.epoch_batches(7, 1, 60, 16)
     assert hashlib.sha256(order.tobytes()).hexdigest()[:16] == "255f894e387caa49"
