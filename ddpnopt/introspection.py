@@ -256,8 +256,9 @@ def policy_spectrum(inspection: Inspection, layer: int = -1, side: Side = "state
     (`mse`, `mmc`), one less with `cross_entropy`, which does not feel a common shift of all outputs. The
     second also counts the directions of x̄, and falls off gradually. `state` needs n ≥ classes.
 
-    Cost: two gradients where K has rank one. Else `state` takes `FeedbackGain.gram`, and `control` the B·p·n
-    numbers of all dense K; neither makes a p × p matrix.
+    Cost: two gradients and a B × B matrix where K has rank one. Else `state` takes `FeedbackGain.gram`, and
+    `control` the B·p·n numbers of all dense K and the Gram matrix of their columns, B·n × B·n (or p × p, if
+    that is the smaller one).
 
     Args:
         inspection: of a batch.
@@ -279,10 +280,15 @@ def policy_spectrum(inspection: Inspection, layer: int = -1, side: Side = "state
     elif side == "control":
         factor = K.dense().mT.flatten(0, 1)
     else:
-        eigenvalues: Tensor = torch.linalg.eigvalsh(K.gram().mean(dim=0))
-        return eigenvalues.flip(0).clamp_min(0)
-    values: Tensor = torch.linalg.svdvals(factor)
-    return values.square() / len(inspection.output)
+        return _spectrum(K.gram().mean(dim=0))
+    # The matrix of either side has the same eigenvalues but for zeros.
+    smaller = factor @ factor.mT if len(factor) < factor.shape[1] else factor.mT @ factor
+    return _spectrum(smaller / len(inspection.output))
+
+
+def _spectrum(positive: Tensor) -> Tensor:
+    eigenvalues: Tensor = torch.linalg.eigvalsh(positive)
+    return eigenvalues.flip(0).clamp_min(0)
 
 
 def leading_feedback_image(optimizer: LayerOptimizer, image: Tensor, target: Tensor, layer: int) -> Tensor:

@@ -24,6 +24,14 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right)
 
 
+def baddbmm(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add a product to a bias, (N, 1, n) + (N, m, k) by (N, k, n), by bits that do not depend on N."""
+    if left.shape[0] == 1 and 1 in (left.shape[1], right.shape[2]):
+        left, right, bias = (x.expand(2, -1, -1) for x in (left, right, bias))
+        return torch.baddbmm(bias, left, right)[:1]
+    return torch.baddbmm(bias, left, right)
+
+
 def per_sample_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Multiply two stacks of small matrices, sample by sample.
 

@@ -62,6 +62,10 @@ class Policy(Protocol):
         """Return A δx, (R, B, *inputs) to (R, B, *outputs): K δx = -η M⁻¹ Σ̄_b g_uᵀ (A δx)."""
         ...
 
+    def closed_loop(self, dx: Tensor) -> Tensor:
+        """Return V_h + A δx, (R, B, *outputs)."""
+        ...
+
     def factors(self) -> tuple[Tensor, ...]:
         """Return the tensors that the gains are made of, each (R, B, …)."""
         ...
@@ -173,6 +177,10 @@ class Gains:
         """See `Policy.feedback`."""
         return linalg.per_sample_matvec(self.A, dx.flatten(2)).reshape(self.V_h.shape)
 
+    def closed_loop(self, dx: Tensor) -> Tensor:
+        """See `Policy.closed_loop`."""
+        return self.V_h + self.feedback(dx)
+
     def factors(self) -> tuple[Tensor, ...]:
         """See `Policy.factors`."""
         return (self.A,)
@@ -245,6 +253,10 @@ class OpenLoop:
     def feedback(self, dx: Tensor) -> Tensor:
         """Return zero, (R, B, *outputs)."""
         return torch.zeros_like(self.V_h)
+
+    def closed_loop(self, dx: Tensor) -> Tensor:
+        """Return V_h, (R, B, *outputs)."""
+        return self.V_h
 
     def factors(self) -> tuple[Tensor, ...]:
         """See `Policy.factors`."""

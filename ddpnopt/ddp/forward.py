@@ -50,7 +50,7 @@ def apply_policy(
             gradient = affine.gradient(V_h, inputs, u)
         else:
             dx = affine.difference(x_hat, inputs)
-            gradient = affine.gradient(V_h + policy.feedback(dx), inputs, u)
+            gradient = affine.gradient(policy.closed_loop(dx), inputs, u)
             if policy.second_order:
                 gradient = gradient + affine.tangent_gradient(V_h, dx, u)
         update(t, u, direction(gradient, u, units, rates[t].decay))

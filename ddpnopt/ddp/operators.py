@@ -227,7 +227,7 @@ class FeedbackGain:
         return values, torch.bmm(left.mT, basis)
 
     def outer_factors(self) -> tuple[Tensor, Tensor]:
-        """Return w (B, p) and q_x (B, n) of a K = w q_xᵀ of rank one, w = -η M⁻¹ q_u (Eq. 16).
+        """Return l (B, p) and q_x (B, n) of a K = l q_xᵀ of rank one, l = -η M⁻¹ q_u (Eq. 16).
 
         Raises:
             ConfigError: if K is not of rank one.
@@ -237,7 +237,7 @@ class FeedbackGain:
             allowed = "true, with vxx_reg 0: else K is no outer product"
             raise ConfigError("factorized", False, allowed)
         left = self.place.policy_step(self.place.gradient(policy.z_h.squeeze(0)))
-        return left.flatten(1), policy.q_x.squeeze(0).flatten(1)
+        return left.flatten(1) * _weight(policy), policy.q_x.squeeze(0).flatten(1)
 
     def _size(self) -> int:
         return torch.Size(self.place.shape).numel()
@@ -255,7 +255,7 @@ def _feedback_adjoint(policy: Gains | OuterProductGains, v: Tensor) -> Tensor:
     """Return Aᵀ v, (B, *outputs) to (B, …) of n entries."""
     if isinstance(policy, Gains):
         return torch.bmm(policy.A.squeeze(0).mT, v.flatten(1).unsqueeze(2))
-    overlap = (policy.z_h.squeeze(0) * v).flatten(1).sum(dim=1)
+    overlap = (policy.z_h.squeeze(0) * v).flatten(1).sum(dim=1, keepdim=True) * _weight(policy)
     q_x = policy.q_x.squeeze(0)
     pulled = q_x * overlap.reshape(-1, *(1,) * (q_x.dim() - 1))
     if policy.vxx_reg is None:
@@ -264,3 +264,8 @@ def _feedback_adjoint(policy: Gains | OuterProductGains, v: Tensor) -> Tensor:
     moved = push_forward(layer.jacobians, v.unsqueeze(0))
     damping = layer.pull_back(pull_back(layer.jacobians, moved.unsqueeze(2)))
     return pulled + policy.vxx_reg.squeeze() * damping.squeeze(2).squeeze(0)
+
+
+def _weight(policy: OuterProductGains) -> Tensor:
+    """Return w of A = w ẑ_h q̂_xᵀ, (B, 1) or what broadcasts to it."""
+    return policy.weight.expand(1, -1, 1).squeeze(0)

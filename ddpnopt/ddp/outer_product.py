@@ -8,11 +8,14 @@ q_u = g_uᵀ z_h,
 with 1 - c clamped at zero ("clamp"), or, with Q_uu's own Gauss-Newton term kept ("psd"), the second
 term of V_x divided by 1 + c and z ← q_x / sqrt(1 + c).
 
+The factors sqrt(1 - c) are scalars: they are kept apart, as the weight w of V_xx = w ẑ ẑᵀ, and the direction ẑ
+goes back through the layers like a gradient.
+
 ε cannot be added to an outer product. The layer that receives this V_xx uses it in its feedback,
 V_hh = z_h z_hᵀ + ε σ_hᵀ σ_h, and ε enters neither c nor the next z: an approximation, equal to the full
 form at ε = 0.
 
-Index legend: r run in the pack, b sample, k row (V, then z), i inputs, o outputs.
+Index legend: r run in the pack, b sample, k row (V, then ẑ), i inputs, o outputs.
 """
 
 from __future__ import annotations
@@ -31,33 +34,37 @@ from ddpnopt.layers.network import pull_back, push_forward
 
 @dataclass(frozen=True, slots=True)
 class OuterProductValue:
-    """V_x and z, with V_xx = z zᵀ, as two rows that go through every layer in one product.
+    """V_x and ẑ, with V_xx = w ẑ ẑᵀ, as two rows that go through every layer in one product.
 
     Attributes:
         rows: (R, B, 2, *shape).
+        weight: w, broadcastable to (R, B, 1).
     """
 
     rows: Tensor
+    weight: Tensor
 
     @property
     def V_x(self) -> Tensor:
         """Gradient, (R, B, *shape)."""
-        return self.rows[:, :, 0]
+        return self.rows.select(2, 0)
 
     @property
     def z(self) -> Tensor:
         """Root of V_xx, (R, B, *shape)."""
-        return self.rows[:, :, 1]
+        direction = self.rows.select(2, 1)
+        return direction * _beside(self.weight.sqrt(), direction)
 
 
 @dataclass(frozen=True, slots=True)
 class OuterProductGains:
-    """The policy of one layer, A = z_h q_xᵀ + ε σ_hᵀ σ_h g_x.
+    """The policy of one layer, A = w ẑ_h q̂_xᵀ + ε σ_hᵀ σ_h g_x.
 
     Attributes:
         V_h: (R, B, *outputs).
-        z_h: (R, B, *outputs).
-        q_x: (R, B, *inputs).
+        z_h: ẑ_h, (R, B, *outputs).
+        q_x: q̂_x, (R, B, *inputs).
+        weight: w.
         layer: where the policy acts; its u is that before the update.
         vxx_reg: ε, (R, 1, 1); None where the incoming V_xx bears none.
         second_order: see `Policy`.
@@ -66,29 +73,37 @@ class OuterProductGains:
     V_h: Tensor
     z_h: Tensor
     q_x: Tensor
+    weight: Tensor
     layer: Layer
     vxx_reg: Tensor | None
     second_order: bool = False
 
     def feedback(self, dx: Tensor) -> Tensor:
         """See `ddpnopt.ddp.backward.Policy`."""
-        overlap = (self.q_x * dx).flatten(2).sum(dim=-1)
-        response = self.z_h * _beside(overlap, self.z_h)
+        return self._add_feedback(torch.zeros_like(self.V_h), dx)
+
+    def closed_loop(self, dx: Tensor) -> Tensor:
+        """See `ddpnopt.ddp.backward.Policy`."""
+        return self._add_feedback(self.V_h, dx)
+
+    def _add_feedback(self, base: Tensor, dx: Tensor) -> Tensor:
+        overlap = (self.q_x * dx).flatten(2).sum(dim=-1, keepdim=True) * self.weight
+        response = torch.addcmul(base, self.z_h, _beside(overlap, self.z_h))
         if self.vxx_reg is None:
             return response
         layer = self.layer
         moved = push_forward(layer.jacobians, layer.affine.push_forward(dx, layer.inputs, layer.u))
         damping = pull_back(layer.jacobians, moved.unsqueeze(2)).squeeze(2)
-        return torch.addcmul(response, damping, _beside(self.vxx_reg.squeeze(-1), damping))
+        return torch.addcmul(response, damping, _beside(self.vxx_reg, damping))
 
     def factors(self) -> tuple[Tensor, ...]:
         """See `ddpnopt.ddp.backward.Policy`."""
-        return (self.z_h, self.q_x)
+        return (self.z_h, self.q_x, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
 class OuterProductForm:
-    """V_xx as z zᵀ.
+    """V_xx as w ẑ ẑᵀ.
 
     Attributes:
         safeguard: how the value step treats Q_uu.
@@ -98,41 +113,44 @@ class OuterProductForm:
 
     def through_sigma(self, jacobians: Sequence[Jacobian], after: OuterProductValue) -> OuterProductValue:
         """See `ddpnopt.ddp.backward.ValueForm`."""
-        return OuterProductValue(pull_back(jacobians, after.rows))
+        return OuterProductValue(pull_back(jacobians, after.rows), after.weight)
 
     def policy_and_value(
         self, layer: Layer, after: OuterProductValue
     ) -> tuple[OuterProductGains, OuterProductValue]:
         """See `ddpnopt.ddp.backward.ValueForm`."""
-        before = OuterProductValue(layer.pull_back(after.rows))  # Q_x and q_x
-        policy = OuterProductGains(after.V_x, after.z, before.z, layer, layer.incoming_reg)
-        return policy, value(layer, after, before, self.safeguard)
+        Q_x, q_x = layer.pull_back(after.rows).unbind(dim=2)
+        V_h, z_h = after.rows.unbind(dim=2)
+        policy = OuterProductGains(V_h, z_h, q_x, after.weight, layer, layer.incoming_reg)
+        return policy, value(layer, after, Q_x, q_x, self.safeguard)
 
 
 def value(
-    layer: Layer, after: OuterProductValue, Q: OuterProductValue, safeguard: Safeguard
+    layer: Layer, after: OuterProductValue, Q_x: Tensor, q_x: Tensor, safeguard: Safeguard
 ) -> OuterProductValue:
     """Return V_x and z before the layer (Prop. 3).
 
     Args:
         layer: the layer.
-        after: V_h and z_h.
-        Q: Q_x and q_x.
+        after: V_h, ẑ_h and w.
+        Q_x: (R, B, *inputs).
+        q_x: q̂_x, (R, B, *inputs).
         safeguard: how Q_uu is treated.
     """
-    c, overlap = layer.contraction().forms(after.V_x, after.z)
+    c, overlap = layer.contraction().forms(after.rows)
     a = layer.decay_response()
     if a is not None:
-        overlap = overlap + (after.z * a).flatten(2).sum(dim=-1, keepdim=True)
-    if safeguard == "psd":
-        overlap, factor = overlap / (1 + c), torch.rsqrt(1 + c)
-    else:
-        factor = (1 - c).clamp_min(0).sqrt()
-    Q_x, q_x = Q.V_x, Q.z
-    V_x = torch.addcmul(Q_x, q_x, _beside(overlap.squeeze(-1), q_x), value=-1)
-    return OuterProductValue(torch.stack((V_x, q_x * _beside(factor.squeeze(-1), q_x)), dim=2))
+        overlap = overlap + (after.rows.select(2, 1) * a).flatten(2).sum(dim=-1, keepdim=True)
+    c = c * after.weight
+    # Beyond 1 - c = 0 the outer product ends; psd never gets there.
+    damping = torch.reciprocal(1 + c) if safeguard == "psd" else (1 - c).clamp_min(0)
+    weight = after.weight * damping
+    shrink = weight if safeguard == "psd" else after.weight
+    V_x = torch.addcmul(Q_x, q_x, _beside(overlap * shrink, q_x), value=-1)
+    return OuterProductValue(torch.stack((V_x, q_x), dim=2), weight)
 
 
 def _beside(scalars: Tensor, like: Tensor) -> Tensor:
-    """Reshape (R, B) or (R, 1) scalars so that they multiply (R, B, *shape)."""
-    return scalars.reshape(*scalars.shape, *(1,) * (like.dim() - 2))
+    """Reshape scalars (R, B, 1) so that they multiply (R, B, *shape)."""
+    extra = like.dim() - scalars.dim()
+    return scalars.reshape(*scalars.shape, *(1,) * extra) if extra else scalars

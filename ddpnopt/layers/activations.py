@@ -124,7 +124,7 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
 
 ACTIVATIONS: Final[Mapping[str, Activation | None]] = {
     "tanh": Activation(torch.tanh, lambda y: 1 - y * y, _tanh_bend, keeps_output=True),
-    "relu": Activation(torch.relu, lambda y: (y > 0).to(y.dtype), None, keeps_output=True),
+    "relu": Activation(torch.relu, torch.sign, None, keeps_output=True),
     "sigmoid": Activation(_sigmoid, lambda y: y * (1 - y), _sigmoid_bend, keeps_output=True),
     "gelu": GELU,
     "leaky_relu": leaky_relu(),

@@ -89,8 +89,8 @@ class Contraction(Protocol):
         """Return S A for A (R, B, n, k), n the flattened outputs."""
         ...
 
-    def forms(self, V_h: Tensor, z_h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z_hᵀ S z_h and z_hᵀ S V_h, each (R, B, 1), of (R, B, *outputs)."""
+    def forms(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z_hᵀ S z_h and z_hᵀ S V_h, each (R, B, 1), of the rows V_h and z_h (R, B, 2, *outputs)."""
         ...
 
 

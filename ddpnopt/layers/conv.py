@@ -50,9 +50,8 @@ class PositionContraction:
         """See `Contraction.apply`. Builds S, (R, B, n, n): for small images."""
         return linalg.per_sample_matmul(self._matrix(), columns)
 
-    def forms(self, V_h: Tensor, z_h: Tensor) -> tuple[Tensor, Tensor]:
+    def forms(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Contraction.forms`: q_uᵀ M⁻¹ q_u and q_uᵀ M⁻¹ Q_u (Eq. 17)."""
-        rows = torch.stack((V_h, z_h), dim=2)
         gradients = self.layer.per_sample_gradients(rows, self.inputs)  # (N, B, 2, o, ī)
         rotated = self.inverse.rotate(gradients.flatten(1, 2)).reshape(gradients.shape)
         Q_u, q_u = rotated.unbind(dim=2)

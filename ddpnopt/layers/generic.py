@@ -112,9 +112,10 @@ class GradientContraction:
         """See `Contraction.apply`."""
         refuse("a dense V_xx")
 
-    def forms(self, V_h: Tensor, z_h: Tensor) -> tuple[Tensor, Tensor]:
+    def forms(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Contraction.forms` (Eq. 17)."""
-        Q_u, q_u = (self.layer.per_sample_gradients(v, self.inputs, self.u) for v in (V_h, z_h))
+        both = rows.unbind(dim=2)
+        Q_u, q_u = (self.layer.per_sample_gradients(v, self.inputs, self.u) for v in both)
         weighted = q_u if self.scale is None else q_u * self.scale
         return (
             self.rate * (weighted * q_u).sum(dim=-1, keepdim=True),

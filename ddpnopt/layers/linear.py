@@ -1,4 +1,4 @@
-"""The affine layer h = u x̄, with u = [W, b] and x̄ = [x, 1], for a pack of runs.
+"""The affine layer h = u x̄ = W x + b, with u = [W, b] and x̄ = [x, 1], for a pack of runs.
 
 Everything of Eq. 13 follows from g_uᵀ v = v x̄ᵀ and g_xᵀ v = Wᵀ v, and nothing of size (controls × states) is
 built: contracting x̄ ⊗ x̄ with M⁻¹ = (U_o ⊗ U_i) diag(m) (U_o ⊗ U_i)ᵀ leaves
@@ -42,12 +42,13 @@ class RankOneContraction:
         rotated = linalg.rows_matmul(columns.mT, self.outputs) * self.s.unsqueeze(2)
         return linalg.rows_matmul(rotated, self.outputs.mT).mT
 
-    def forms(self, V_h: Tensor, z_h: Tensor) -> tuple[Tensor, Tensor]:
+    def forms(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Contraction.forms`."""
         if self.outputs is not None:
-            V_h, z_h = linalg.bmm(V_h, self.outputs), linalg.bmm(z_h, self.outputs)
-        weighted = self.s * z_h
-        return (weighted * z_h).sum(dim=-1, keepdim=True), (weighted * V_h).sum(dim=-1, keepdim=True)
+            rows = linalg.rows_matmul(rows, self.outputs)
+        weighted = self.s * rows.select(2, 1)
+        overlap, c = (rows * weighted.unsqueeze(2)).sum(dim=-1, keepdim=True).unbind(dim=2)
+        return c, overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,30 +65,36 @@ class Linear:
 
     def shape(self, inputs: Tensor) -> Shape:
         """See `Affine.shape`."""
-        return (inputs.shape[-1] - self.bias,)
+        return (inputs.shape[-1],)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Append the one that carries the bias: x (R, B, i) to x̄ (R, B, ī)."""
+        """See `Affine.prepare`: x (R, B, i) itself."""
         if x.dim() != 3:
             raise ConfigError(
                 "model",
                 f"a Linear layer on states of shape {tuple(x.shape[2:])}",
                 "flat states (use Flatten)",
             )
+        return x
+
+    def augment(self, x: Tensor) -> Tensor:
+        """Append the one that carries the bias: x (…, i) to x̄ (…, ī)."""
         return pad(x, (0, 1), value=1.0) if self.bias else x
 
     def weight(self, u: Tensor) -> Tensor:
         """Return the view W (R, o, i) of u (R, o, ī)."""
-        return u[..., :-1] if self.bias else u
+        # narrow and select: plain indexing takes twice as long, and a small net is all overhead.
+        return u.narrow(2, 0, u.shape[2] - 1) if self.bias else u
 
     def forward(self, inputs: Tensor, u: Tensor) -> Tensor:
-        """Return h = x̄ uᵀ: (R, B, ī), (R, o, ī) to (R, B, o)."""
-        return linalg.bmm(inputs, u.mT)
+        """Return h = x Wᵀ + b: (R, B, i), (R, o, ī) to (R, B, o)."""
+        if not self.bias:
+            return linalg.bmm(inputs, u.mT)
+        return linalg.baddbmm(u.select(2, -1).unsqueeze(1), inputs, self.weight(u).mT)
 
     def difference(self, inputs: Tensor, nominal: Tensor) -> Tensor:
         """See `Affine.difference`."""
-        difference = inputs - nominal
-        return difference[..., :-1] if self.bias else difference
+        return inputs - nominal
 
     def pull_back(self, rows: Tensor, inputs: Tensor, u: Tensor) -> Tensor:
         """Return Wᵀ v of every row: (R, B, K, o) to (R, B, K, i)."""
@@ -107,7 +114,10 @@ class Linear:
 
     def gradient(self, V_h: Tensor, inputs: Tensor, u: Tensor) -> Tensor:
         """Return Σ_b V_h x̄ᵀ, (R, o, ī)."""
-        return linalg.bmm(V_h.mT, inputs)
+        of_weight = linalg.bmm(V_h.mT, inputs)
+        if not self.bias:
+            return of_weight
+        return torch.cat((of_weight, V_h.sum(dim=1).unsqueeze(-1)), dim=-1)
 
     def tangent_gradient(self, V_h: Tensor, dx: Tensor, u: Tensor) -> Tensor:
         """Return Σ_b V_h [δx, 0]ᵀ, (R, o, ī)."""
@@ -115,20 +125,26 @@ class Linear:
 
     def mean_square(self, V_h: Tensor, inputs: Tensor, u: Tensor, basis: FactoredInverse) -> Tensor:
         """See `Affine.mean_square`: the square of an outer product is the outer product of squares."""
+        x_bar = self.augment(inputs)
         if basis.inputs is not None and basis.outputs is not None:
-            V_h, inputs = linalg.bmm(V_h, basis.outputs), linalg.bmm(inputs, basis.inputs)
-        return linalg.bmm((V_h * V_h).mT, inputs * inputs) / V_h.shape[1]
+            V_h, x_bar = linalg.bmm(V_h, basis.outputs), linalg.bmm(x_bar, basis.inputs)
+        return linalg.bmm((V_h * V_h).mT, x_bar * x_bar) / V_h.shape[1]
 
     def covariances(self, V_h: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See `Affine.covariances` (Eq. 15)."""
-        batch = V_h.shape[1]
-        return linalg.bmm(inputs.mT, inputs) / batch, linalg.bmm(V_h.mT, V_h) / batch
+        batch, x_bar = V_h.shape[1], self.augment(inputs)
+        return linalg.bmm(x_bar.mT, x_bar) / batch, linalg.bmm(V_h.mT, V_h) / batch
 
     def contraction(
         self, inputs: Tensor, u: Tensor, inverse: FactoredInverse, rate: Tensor
     ) -> RankOneContraction:
         """See `Affine.contraction`."""
-        rotated = inputs if inverse.inputs is None else linalg.bmm(inputs, inverse.inputs)
+        if inverse.inputs is None and inverse.scale is None:  # s = η|x̄|², the same for every output
+            squares = (inputs * inputs).sum(dim=-1, keepdim=True)
+            s = torch.addcmul(rate, rate, squares) if self.bias else rate * squares
+            return RankOneContraction(s, None)
+        x_bar = self.augment(inputs)
+        rotated = x_bar if inverse.inputs is None else linalg.bmm(x_bar, inverse.inputs)
         squares = rotated * rotated
         if inverse.scale is None:
             s = squares.sum(dim=-1, keepdim=True)
@@ -144,12 +160,13 @@ class Linear:
         E[(o, j), i] = V_h[o] δ_ij (Eq. 27), so that C = η M⁻¹(V_h x̄ᵀ) without its bias column, and
         N = η U_i diag(Σ_a m_ab (U_oᵀ V_h)_a²) U_iᵀ.
         """
-        outer = V_h.unsqueeze(-1) * inputs.unsqueeze(-2)
+        x_bar = self.augment(inputs)
+        outer = V_h.unsqueeze(-1) * x_bar.unsqueeze(-2)
         C = inverse.apply_per_sample(outer)
         rotated = V_h if inverse.outputs is None else linalg.bmm(V_h, inverse.outputs)
         squares = rotated * rotated
         if inverse.scale is None:
-            weights = squares.sum(dim=-1, keepdim=True).expand(*inputs.shape)
+            weights = squares.sum(dim=-1, keepdim=True).expand(*x_bar.shape)
         else:
             weights = linalg.bmm(squares, inverse.scale)
         if inverse.inputs is None:

@@ -43,9 +43,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _cross_entropy_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    p = torch.softmax(logits, dim=-1)
-    minus_one = torch.full_like(targets, -1, dtype=p.dtype).unsqueeze(-1)
-    return p.scatter_add(-1, targets.unsqueeze(-1), minus_one)
+    return torch.softmax(logits, dim=-1) - one_hot(logits, targets)
 
 
 def _cross_entropy_hessian(logits: Tensor, targets: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ AFFINE: dict[type[nn.Module], Callable[[nn.Module], Affine]] = {}
 MAPS: dict[type[nn.Module], Callable[[nn.Module], Map | None]] = {}
 
 
-@dataclass(frozen=True, slots=True)
 class Slot:
     """Where the controls of a layer live in its module.
 
@@ -38,29 +37,42 @@ class Slot:
         columns: whether u is [weight, bias] with the bias as its last column; else all in one row.
     """
 
-    parameters: tuple[nn.Parameter, ...]
-    columns: bool
+    def __init__(self, parameters: tuple[nn.Parameter, ...], *, columns: bool) -> None:
+        self.parameters = parameters
+        self.columns = columns
+        self._views: tuple[Tensor, ...] = ()
+        self._places: tuple[int, ...] = ()
 
     def read(self) -> Tensor:
         """Return a copy of the controls, u (1, o, ī)."""
-        parts = [p.detach() for p in self.parameters]
         if not self.columns:
-            return torch.cat([p.flatten() for p in parts]).reshape(1, 1, -1)
-        weight = parts[0].flatten(1)
-        if len(parts) == 1:
-            return weight.clone().unsqueeze(0)
-        return torch.cat((weight, parts[1].unsqueeze(1)), dim=1).unsqueeze(0)
+            return torch.cat([view.reshape(-1) for view in self.views()]).reshape(1, 1, -1)
+        weight, *bias = self.views()
+        flat = weight if weight.dim() == 2 else weight.reshape(len(weight), -1)
+        return torch.cat((flat, *(b.unsqueeze(1) for b in bias)), dim=1).unsqueeze(0)
 
     def write(self, u: Tensor) -> None:
         """Put controls u (1, o, ī) back into the parameters."""
+        views = self.views()
         if not self.columns:
-            pieces = u.flatten().split([p.numel() for p in self.parameters])
-        elif len(self.parameters) == 1:
-            pieces = (u[0],)
-        else:
-            pieces = (u[0, :, :-1], u[0, :, -1])
-        for parameter, piece in zip(self.parameters, pieces, strict=True):
-            parameter.detach().copy_(piece.reshape(parameter.shape))
+            pieces = u.flatten().split([view.numel() for view in views])
+            for view, piece in zip(views, pieces, strict=True):
+                view.copy_(piece.reshape(view.shape))
+            return
+        weight, *bias = views
+        matrix, columns = u[0], u.shape[2] - len(bias)
+        of_weight = matrix.narrow(1, 0, columns)
+        weight.copy_(of_weight if weight.dim() == 2 else of_weight.reshape(weight.shape))
+        if bias:
+            bias[0].copy_(matrix.select(1, columns))
+
+    def views(self) -> tuple[Tensor, ...]:
+        """Return the parameters without their autograd, made anew only when they have moved."""
+        places = tuple(p.data_ptr() for p in self.parameters)
+        if places != self._places:
+            self._views = tuple(p.detach() for p in self.parameters)
+            self._places = places
+        return self._views
 
 
 @dataclass(frozen=True, slots=True)

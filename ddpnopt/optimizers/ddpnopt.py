@@ -75,9 +75,9 @@ class DDPNOpt:
         if not options.feedback:
             return backward_pass(OpenLoopForm(), Gradient(V_x), *rest)
         if options.factorized:
-            rows = V_x.unsqueeze(2).repeat(1, 1, 2, 1)
-            rows[:, :, 1] *= options.curvature_scale**0.5
-            return backward_pass(OuterProductForm(options.safeguard), OuterProductValue(rows), *rest)
+            both = V_x.unsqueeze(2).expand(-1, -1, 2, -1)
+            weight = V_x.new_full((1, 1, 1), options.curvature_scale)
+            return backward_pass(OuterProductForm(options.safeguard), OuterProductValue(both, weight), *rest)
         # In batch-mean units V_x = ∇φ/B and the curvature bears the factor squared: the outer product of
         # that gradient, with the exact Hessian put on the same scale.
         if options.terminal_hessian == "exact":

@@ -114,7 +114,7 @@ class EMSA:
             value, moving.grad = H.value_and_gradient(moving)
             return value
 
-        solver.step(evaluate)  # type: ignore[no-untyped-call]
+        solver.step(evaluate)
         return torch.where(torch.isfinite(moving).all(), moving, torch.nan)
 
     def state(self) -> dict[str, Any]:

@@ -226,8 +226,9 @@ class JointLayer:
 
     def pull_controls(self, columns: Tensor) -> Tensor:
         """Return Σ_b g_uᵀ M_b of M (R, B·o, K): (R, p, K), from g_uᵀ v = v x̄ᵀ."""
-        runs, batch, features = self.inputs.shape
-        by_input = linalg.bmm(self.inputs.mT, columns.reshape(runs, batch, -1))  # (R, ī, o·K)
+        x_bar = self.affine.augment(self.inputs)
+        runs, batch, features = x_bar.shape
+        by_input = linalg.bmm(x_bar.mT, columns.reshape(runs, batch, -1))  # (R, ī, o·K)
         by_output = by_input.reshape(runs, features, -1, columns.shape[-1]).transpose(1, 2)
         return by_output.flatten(1, 2)
 
@@ -275,7 +276,7 @@ def required_bytes(shapes: Sequence[tuple[int, ...]], batch: int, item: int) -> 
     for t, (outputs, inputs) in enumerate(shapes):
         p, before, after = outputs * inputs, batch * inputs if t > 0 else 0, batch * outputs
         kept += p * (1 + before)
-        working = 3 * p * p + 2 * p * after + 4 * p * before + 3 * (before * before + after * after)
+        working = 3 * p * p + 2 * p * after + 4 * p * before + 5 * after * after + 3 * before * before
         largest = max(largest, working)
     return (kept + largest) * item
 

@@ -349,7 +349,7 @@ def test_a_convolution_is_the_fully_connected_layer_of_its_matrix(groups):
     dense, outputs = layer.matrix(x, u)[:, 0], h.shape[2:]
     bias = u[..., -1].repeat_interleave(outputs[1] * outputs[2], dim=-1)
     U = torch.cat((dense, bias.unsqueeze(-1)), dim=-1)
-    flat, x_bar = Linear(), Linear().prepare(x.flatten(2))
+    flat, x_bar = Linear(), x.flatten(2)
     assert_close(h.flatten(2), flat.forward(x_bar, U), 1e-12, "h")
     rows = torch.randn(2, 3, 5, *outputs, dtype=torch.float64, generator=generator)
     pulled = layer.pull_back(rows, x, u).flatten(3)
