@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DECLARED := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint bench solo soak image format clean
+.PHONY: help demo serve test lint bench solo soak units table3 numerics image format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not ((3, 11) <= v <= (3, 13)) and f"needs Python 3.11 to 3.13, not {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
@@ -52,6 +52,19 @@ solo: $(VENV)/.installed ## train the 200 runs of Fig. 4a packed and one at a ti
 
 soak: $(VENV)/.installed ## run sweeps for SOAK_MINUTES (10), killing the dispatcher now and then
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(SOAK_MINUTES),10)
+
+units: $(VENV)/.installed ## train Fig. 4a's SGD panel under every choice of units, scale and safeguard (minutes)
+	$(BIN)/python -m benchmarks.units
+
+table3: $(VENV)/.installed ## train every method of Table 3 on WINE, DIGITS and MNIST (minutes; docs/datasets.md)
+	$(BIN)/python -m benchmarks.table3
+
+numerics: build/numerics/bin/python ## test ddpnopt alone, beside torch, numpy, scipy and scikit-learn only
+	build/numerics/bin/python -m pytest tests/ddpnopt tests/reference
+
+build/numerics/bin/python: $(DECLARED)
+	$(PYTHON) -m venv --clear build/numerics
+	$@ -m pip install --disable-pip-version-check --quiet -c constraints.txt . pytest pytest-timeout hypothesis
 
 image: ## build every stage of the Dockerfile and try the images out
 	deploy/image

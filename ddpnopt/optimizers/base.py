@@ -36,6 +36,11 @@ class Members:
         chosen = {id(rates): rates.select(keep) for rates in self.rates}
         return replace(self, rates=tuple(chosen[id(rates)] for rates in self.rates))
 
+    def loss_gradient(self, trajectory: Trajectory, targets: Tensor) -> Tensor:
+        """Return ∇φ at x_T, (R, B, n_T)."""
+        known = trajectory.loss_gradient
+        return self.loss.gradient(trajectory.output, targets) if known is None else known
+
 
 @dataclass(frozen=True, slots=True)
 class Quantity:

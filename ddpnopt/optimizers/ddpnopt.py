@@ -71,23 +71,23 @@ class DDPNOpt:
         preconditioner = self.descent.preconditioner
         network, rates = members.network, members.rates
         rest = (network, controls, trajectory, preconditioner, rates, units)
-        V_x = members.loss.gradient(trajectory.output, targets) * units.share
+        V_x = members.loss_gradient(trajectory, targets) * units.share
         if not options.feedback:
             return backward_pass(OpenLoopForm(), Gradient(V_x), *rest)
         if options.factorized:
-            both = V_x.unsqueeze(2).expand(-1, -1, 2, -1)
             weight = V_x.new_full((1, 1, 1), options.curvature_scale)
-            return backward_pass(OuterProductForm(options.safeguard), OuterProductValue(both, weight), *rest)
+            terminal = OuterProductValue.of_gradient(V_x, weight)
+            return backward_pass(OuterProductForm(options.safeguard), terminal, *rest)
         # In batch-mean units V_x = ∇φ/B and the curvature bears the factor squared: the outer product of
         # that gradient, with the exact Hessian put on the same scale.
         if options.terminal_hessian == "exact":
             hessian = members.loss.hessian(trajectory.output, targets) * units.share**2
         else:
             hessian = V_x.unsqueeze(-1) * V_x.unsqueeze(-2)
-        terminal = FullValue(V_x, options.curvature_scale * hessian)
+        dense = FullValue(V_x, options.curvature_scale * hessian)
         if options.dynamics == "second_order":
-            return backward_pass(SecondOrderForm(options.safeguard), terminal, *rest)
-        return backward_pass(FullForm(options.safeguard), terminal, *rest)
+            return backward_pass(SecondOrderForm(options.safeguard), dense, *rest)
+        return backward_pass(FullForm(options.safeguard), dense, *rest)
 
     def units(self, targets: Tensor) -> Units:
         """Return the units of the value function for a batch."""

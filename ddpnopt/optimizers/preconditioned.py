@@ -31,7 +31,7 @@ class Preconditioned:
         members, preconditioner = self.members, self.descent.preconditioner
         batch = targets.shape[1]
         units = Units.of("batch_mean", batch)
-        J_x = members.loss.gradient(trajectory.output, targets) / batch
+        J_x = members.loss_gradient(trajectory, targets) / batch
         gradients: list[Tensor] = []
         for t in range(len(controls) - 1, -1, -1):
             stage, inputs, u = members.network.stages[t], trajectory.inputs[t], controls[t]
