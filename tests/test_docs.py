@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic.fields import FieldInfo
 
+from ddpnopt import config
 from service.config import Settings
 from service.sweeps.documents import parse_spec, parse_yaml
 from service.sweeps.expand import plan
-from service.sweeps.spec import FeedbackSpec
+from service.sweeps.spec import FeedbackSpec, ModelSpec
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md")]
@@ -40,12 +43,54 @@ def test_the_readmes_spec_is_the_example() -> None:
     shown = parse_spec(parse_yaml(block.encode()))
     example = parse_spec(parse_yaml((ROOT / "examples" / "digits-fig4a-sgd.yaml").read_bytes()))
     assert shown == example
-    assert f'"packs":{len(plan(shown).packs)}' in README
+    answer = f'"packs":{len(plan(shown).packs)}'
+    assert f'{answer},"run_steps":300000,"estimated_seconds":{plan(shown).seconds:.1f}' in README
+
+
+def table(heading: str) -> dict[str, list[str]]:
+    """Return a table's rows by what stands in backticks first: the other columns."""
+    text = README.split(heading, 1)[1].split("\n\n", 1)[0]
+    # A bar that belongs to the words is escaped.
+    lines = [re.split(r"(?<!\\)\|", line.strip("|")) for line in text.splitlines()[2:]]
+    return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
 def rows(heading: str) -> list[str]:
-    table = README.split(heading, 1)[1].split("\n\n", 1)[0]
-    return re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    return list(table(heading))
+
+
+def written(default: object) -> str:
+    return f"`{default}`"
+
+
+def test_the_keys_of_the_model_are_all_told() -> None:
+    told = table("| key of `model` |")
+    assert list(told) == list(ModelSpec.model_fields)
+    for name, field in ModelSpec.model_fields.items():
+        assert told[name][0] == ("" if field.is_required() else written(field.get_default()))
+    for activation in get_args(config.Activation):
+        assert f"`{activation}`" in told["activation"][1]
+    for kind in get_args(config.ModelKind):
+        assert f"`{kind}`" in told["kind"][1]
+
+
+def test_the_losses_are_all_told() -> None:
+    (words,) = re.findall(r"^The loss is .*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert tuple(re.findall(r"`(\w+)`", words)) == get_args(config.Loss)
+
+
+def test_the_options_of_the_baselines_are_all_told() -> None:
+    """Names, defaults and whose they are, in the order in which the numerics declare them."""
+    told = table("| option of the baseline |")
+    baselines = get_args(config.PairedBaseline)
+    options = {name for baseline in baselines for name in config.OPTIONS_OF[baseline]}
+    assert list(told) == [f.name for f in fields(config.BaselineOptions) if f.name in options]
+    for f in fields(config.BaselineOptions):
+        if f.name in options:
+            default, owners, _ = told[f.name]
+            assert default == written(list(f.default) if isinstance(f.default, tuple) else f.default)
+            having = [name for name in baselines if f.name in config.OPTIONS_OF[name]]
+            assert owners == ("all" if len(having) == len(baselines) else ", ".join(having))
 
 
 def test_the_options_of_ddpnopt_are_all_told() -> None:
@@ -53,5 +98,5 @@ def test_the_options_of_ddpnopt_are_all_told() -> None:
 
 
 def test_the_settings_are_all_told() -> None:
-    fields: dict[str, FieldInfo] = Settings.model_fields
-    assert set(rows("| setting |")) == {f"DDPSWEEP_{name.upper()}" for name in fields}
+    known: dict[str, FieldInfo] = Settings.model_fields
+    assert set(rows("| setting |")) == {f"DDPSWEEP_{name.upper()}" for name in known}

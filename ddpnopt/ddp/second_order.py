@@ -10,8 +10,8 @@ With C = g_u Q_uu⁻¹ E, N = Eᵀ Q_uu⁻¹ E, R = S A + C and r = S V_h + a, t
     V_x  = Q_x - Aᵀ r - Cᵀ V_h - Eᵀ Q_uu⁻¹ λu·w
     V_xx = Q_xx - Aᵀ R - Cᵀ A - N
 
-The psd safeguard keeps Q_uu's Gauss-Newton term here too: by Woodbury, with D = V_hh (I + S V_hh)⁻¹, V_x gains
-Rᵀ D r and V_xx gains Rᵀ D R. V_hh itself may be indefinite now, so V_xx may be.
+The psd safeguard keeps Q_uu's Gauss-Newton term here too: by Woodbury, with D = V_hh (I + S V_hh)⁻¹, V_x
+gains Rᵀ D r and V_xx gains Rᵀ D R. V_hh itself may be indefinite now, so V_xx may be.
 
 Index legend: r run in the pack, b sample, i inputs, o outputs, both flattened.
 """

@@ -85,7 +85,7 @@ class Optimizer(Protocol):
 
 def finite_members(controls: Controls) -> Tensor:
     """Return which members have finite controls alone, (R,) bool."""
-    # A sum costs a pass; only where it is not finite, which large numbers can do too, is each entry looked at.
+    # A sum costs one pass; each entry is looked at only where it is not finite, as large numbers can make it.
     sums = torch.stack([u.sum(dim=(1, 2)) for u in controls])
     finite = torch.isfinite(sums).all(dim=0)
     if bool(finite.all()):

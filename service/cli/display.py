@@ -86,4 +86,7 @@ def heatmap_table(heatmap: Heatmap) -> Group:
     for rate, line in figures.rows(heatmap):
         cells = [Text(figures.label(cell, digits), STYLES[cell.state]) for cell in line]
         table.add_row(f"{rate:g}", *cells)
-    return Group(Text(figures.title(heatmap), "bold"), table)
+    heading = Text(figures.title(heatmap), "bold")
+    for words in figures.subtitle(heatmap):
+        heading.append(f"\n{words}", "not bold dim")
+    return Group(heading, table)

@@ -21,6 +21,7 @@ from service.cli import display
 from service.client import Client, DDPSweepClientError, InvalidInput
 from service.config import DEFAULT_PORT, Settings
 from service.errors import ServiceError
+from service.results.statistics import Heatmap
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -199,8 +200,10 @@ def heatmap(
     metric: Annotated[
         list[str] | None, typer.Option(help="Repeat for several; train_loss and accuracy if not given.")
     ] = None,
-    baseline: Annotated[str | None, typer.Option(help="Which grid, by its baseline.")] = None,
-    grid: Annotated[int | None, typer.Option(min=0, help="Which grid, by its position.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Which grid, by its baseline; all grids if neither is given.")
+    ] = None,
+    grid: Annotated[int | None, typer.Option(min=0, help="Which grid, by its position, from 0.")] = None,
 ) -> None:
     """Draw a sweep's heatmaps into a file."""
     kind = to.suffix.lower()
@@ -208,12 +211,18 @@ def heatmap(
         fail(f"--out: got {to.name!r}; allowed: a name that ends in .png, .svg, .pdf, .html or .json", 2)
     metrics = metric or ["train_loss", "accuracy"]
     with _client() as client:
-        if kind == ".json":
-            answers = [client.heatmap_json(sweep_id, metric=m, baseline=baseline, grid=grid) for m in metrics]
-            text = json.dumps(answers[0] if len(answers) == 1 else answers, indent=2)
-            _write(to, lambda path: path.write_text(text + "\n"))
-            return
-        panels = [client.heatmap(sweep_id, metric=m, baseline=baseline, grid=grid) for m in metrics]
+        every = baseline is None and grid is None
+        chosen = range(len(client.sweep(sweep_id)["spec"]["grids"])) if every else [grid]
+        answers = [
+            client.heatmap_json(sweep_id, metric=m, baseline=baseline, grid=g)
+            for m in metrics
+            for g in chosen
+        ]
+    if kind == ".json":
+        text = json.dumps(answers[0] if len(answers) == 1 else answers, indent=2)
+        _write(to, lambda path: path.write_text(text + "\n"))
+        return
+    panels = [Heatmap.from_json(answer) for answer in answers]
     if kind == ".html":
         from service.results import page
 

@@ -109,6 +109,7 @@ def _sweep(connection: Connection, sweep_id: str) -> dict[str, Any]:
                     "id": f"{metric}-{grid}",
                     "metric": metric,
                     "title": figures.title(panel),
+                    "setting": panel.setting,
                     "figure": json.dumps(figures.plotly_figure(panel)),
                     "vxx_reg": panel.vxx_reg,
                     "rows": [

@@ -6,6 +6,7 @@ zero is set in brackets and pale; a cell with diverged runs says how many.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,7 +18,9 @@ TITLES: Final = {
     "test_loss": "test loss",
     "accuracy": "test accuracy (percent points)",
 }
-BASELINES: Final = {"sgd": "SGD"}
+BASELINES: Final = {"sgd": "SGD", "rmsprop": "RMSprop", "adam": "Adam", "kfac": "KFAC", "ekfac": "EKFAC"}
+SUBTITLE: Final = 50
+"""Letters that fit a line under a panel's title."""
 SURE: Final = frozenset({CellState.BETTER, CellState.WORSE})
 PALE: Final = 0.35
 """How much of its colour an inconclusive cell keeps."""
@@ -33,6 +36,11 @@ RED_TO_BLUE: Final = (
 def title(heatmap: Heatmap) -> str:
     """Return the panel's heading."""
     return f"DDPNOpt vs {BASELINES[heatmap.baseline]}: {TITLES[heatmap.metric]}"
+
+
+def subtitle(heatmap: Heatmap) -> list[str]:
+    """Return the lines that say what the grid sets, for under the heading; none if nothing."""
+    return textwrap.wrap(heatmap.setting, SUBTITLE)
 
 
 def largest(heatmap: Heatmap) -> float:
@@ -112,15 +120,20 @@ def plotly_figure(heatmap: Heatmap) -> dict[str, Any]:
             }
         ],
         "layout": {
-            "title": {"text": title(heatmap), "font": {"size": 15}},
+            "title": {"text": _heading(heatmap), "font": {"size": 15}},
             "xaxis": _axis("V<sub>xx</sub> regularisation ε", heatmap.vxx_reg, falling=False),
             "yaxis": _axis("learning rate", heatmap.learning_rate, falling=True),
-            "margin": {"l": 60, "r": 10, "t": 40, "b": 50},
+            "margin": {"l": 60, "r": 10, "t": 40 + 16 * len(subtitle(heatmap)), "b": 50},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "#f1f1f1",
             "font": {"family": "system-ui, sans-serif", "size": 13},
         },
     }
+
+
+def _heading(heatmap: Heatmap) -> str:
+    below = (f"<span style='font-size:11px'>{line}</span>" for line in subtitle(heatmap))
+    return "<br>".join([title(heatmap), *below])
 
 
 def _axis(name: str, values: Sequence[float], *, falling: bool) -> dict[str, Any]:

@@ -15,31 +15,44 @@ from service.results import figures
 from service.results.statistics import Cell, Heatmap
 
 FORMATS: Final = ("png", "svg", "pdf")
+COLUMNS: Final = 4
+"""Grids that stand side by side."""
 CELL_INCHES: Final = 0.85
-TITLE_INCHES: Final = 4.2
+TITLE_INCHES: Final = 4.8
 LEGEND_INCHES: Final = 6.4
 """Widths that the words need, however few the cells are."""
+SUBTITLE_INCHES: Final = 0.17
+"""Height of a line under a title."""
 
 
 def save(panels: Sequence[Heatmap], path: Path) -> None:
-    """Draw panels side by side and write them in the format that the path's suffix names.
+    """Draw panels and write them in the format that the path's suffix names.
+
+    One grid's panels stand side by side. Of several grids each has a column, and each metric a row, as in
+    Fig. 4a.
 
     Args:
         panels: at least one.
         path: ends in .png, .svg or .pdf.
     """
+    lines = _lines(panels)
     widest = max(len(panel.vxx_reg) for panel in panels)
     tallest = max(len(panel.learning_rate) for panel in panels)
+    told = max(len(figures.subtitle(panel)) for panel in panels)
+    columns = max(map(len, lines))
     figure = Figure(
         figsize=(
-            max(LEGEND_INCHES, len(panels) * max(TITLE_INCHES, CELL_INCHES * widest + 1.7)),
-            CELL_INCHES * tallest * 0.8 + 1.4,
+            max(LEGEND_INCHES, columns * max(TITLE_INCHES, CELL_INCHES * widest + 1.7)),
+            len(lines) * (CELL_INCHES * tallest * 0.8 + 0.8 + SUBTITLE_INCHES * told) + 0.6,
         ),
         layout="constrained",
     )
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, panel in zip(axes, panels, strict=True):
-        _draw(figure, ax, panel)
+    table = figure.subplots(len(lines), columns, squeeze=False)
+    for row, line in zip(table, lines, strict=True):
+        for ax in row[len(line) :]:
+            ax.set_axis_off()
+        for ax, panel in zip(row, line, strict=False):
+            _draw(figure, ax, panel)
     figure.suptitle(f"{panels[0].name}   ({_seeds(panels[0])})", fontsize=11)
     figure.supxlabel(
         "positive (blue): DDPNOpt better · in brackets and pale: not sure · "
@@ -50,6 +63,14 @@ def save(panels: Sequence[Heatmap], path: Path) -> None:
     # A fixed salt and no date: the same numbers give the same file.
     with mpl.rc_context({"svg.hashsalt": "ddpsweep", "pdf.fonttype": 42}):
         figure.savefig(path, dpi=160, metadata=_no_date(path))
+
+
+def _lines(panels: Sequence[Heatmap]) -> list[list[Heatmap]]:
+    if len({panel.grid for panel in panels}) == 1:
+        return [list(panels)]
+    metrics = dict.fromkeys(panel.metric for panel in panels)
+    rows = ([panel for panel in panels if panel.metric == metric] for metric in metrics)
+    return [row[i : i + COLUMNS] for row in rows for i in range(0, len(row), COLUMNS)]
 
 
 def _no_date(path: Path) -> dict[str, Any]:
@@ -74,7 +95,7 @@ def _draw(figure: Figure, ax: Axes, panel: Heatmap) -> None:
     ax.set_yticks(range(len(panel.learning_rate)), [f"{value:g}" for value in panel.learning_rate])
     ax.set_xlabel(r"$V_{xx}$ regularisation $\epsilon$")
     ax.set_ylabel("learning rate")
-    ax.set_title(figures.title(panel), fontsize=10)
+    ax.set_title("\n".join([figures.title(panel), *figures.subtitle(panel)]), fontsize=10)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bar = figure.colorbar(mpl.cm.ScalarMappable(scale, colours), ax=ax, fraction=0.05, pad=0.02)

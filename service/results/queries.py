@@ -67,11 +67,18 @@ def choose_grid(spec: SweepSpec, baseline: str | None, grid: int | None) -> int:
         if grid in (None, position) and baseline in (None, candidate.baseline)
     ]
     if not fitting:
-        there = ", ".join(f"{i}: {g.baseline}" for i, g in enumerate(spec.grids))
-        raise _refuse("baseline", baseline, f"the baseline of a grid of this sweep ({there})")
+        there = ", ".join(_named(spec, position) for position in range(len(spec.grids)))
+        raise _refuse("baseline", baseline, f"the baseline of a grid of this sweep: {there}")
     if len(fitting) > 1:
-        raise _refuse("grid", grid, "one of " + ", ".join(map(str, fitting)) + ", since several grids fit")
+        there = ", ".join(_named(spec, position) for position in fitting)
+        raise _refuse("grid", grid, f"one of {there}, since several grids fit")
     return fitting[0]
+
+
+def _named(spec: SweepSpec, position: int) -> str:
+    grid = spec.grids[position]
+    setting = grid.setting()
+    return f"{position} ({grid.baseline}{', ' if setting else ''}{setting})"
 
 
 def heatmap(
@@ -102,6 +109,7 @@ def heatmap(
         tuple(chosen.learning_rate),
         tuple(chosen.vxx_reg),
         cells(chosen.learning_rate, chosen.vxx_reg, (Outcome(*row) for row in rows), metric),
+        chosen.setting(),
     )
 
 

@@ -94,6 +94,8 @@ class Heatmap:
     Attributes:
         name: of the sweep.
         grid: position in the spec.
+        setting: what the grid sets besides its axes, as `rho 0.98, safeguard psd`; it tells grids of one
+            baseline apart.
     """
 
     sweep_id: str
@@ -104,12 +106,13 @@ class Heatmap:
     learning_rate: tuple[float, ...]
     vxx_reg: tuple[float, ...]
     cells: tuple[Cell, ...]
+    setting: str = ""
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Heatmap:
         """Read the API's answer."""
         panel = tuple(Cell(**cell | {"state": CellState(cell["state"])}) for cell in document["cells"])
-        rest = {f.name: document[f.name] for f in fields(cls)}
+        rest = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         for axis in ("learning_rate", "vxx_reg"):
             rest[axis] = tuple(rest[axis])
         return cls(**rest | {"cells": panel})

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable, Iterable
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ddpnopt.config import PairedBaseline
 from service.errors import FieldError, InvalidInputError
 from service.sweeps.spec import SweepSpec
 
 SHOWN: Final = 80
 TOLD: Final = 20
 """Errors that an answer names one by one."""
+MISSING: Final = frozenset({"missing", "union_tag_not_found"})
+NO_MAPPING: Final = frozenset({"model_type", "model_attributes_type"})
+UNTAGGED: Final = frozenset({"union_tag_invalid", "union_tag_not_found"})
 
 
 class _Loader(yaml.SafeLoader):
@@ -152,10 +156,10 @@ def parse_spec(document: dict[str, Any]) -> SweepSpec:
 def _field_errors(error: ValidationError) -> list[FieldError]:
     found: dict[str, FieldError] = {}
     for item in error.errors(include_url=False, include_context=True):
-        context = item.get("ctx", {})
-        path = _path((*item["loc"], *context.get("at", ())))
+        context = _context(item)
+        path = _path((*_untagged(item["loc"]), *context.get("at", ())))
         allowed = _allowed(item["type"], item["msg"], context, item["loc"])
-        value = "nothing" if item["type"] == "missing" else shown(context.get("given", item["input"]))
+        value = "nothing" if item["type"] in MISSING else shown(context.get("given", item["input"]))
         if path in found:  # the branches of a union: say both
             allowed = f"{found[path].allowed}, or {allowed}"
         found[path] = FieldError(_short(path) or "document", value, allowed)
@@ -167,6 +171,20 @@ def _field_errors(error: ValidationError) -> list[FieldError]:
 
 # Pydantic names the branch of a union in the path; a user has no use for it.
 _BRANCH: Final = re.compile(r"^(constrained-)?(int|list|float|str|bool)(\[|$)|^function-")
+
+
+def _context(item: Any) -> dict[str, Any]:
+    """Return what an error tells of itself; a grid whose baseline is no grid's names that field."""
+    context: dict[str, Any] = item.get("ctx", {})
+    if item["type"] in UNTAGGED:
+        context = context | {"at": ("baseline",), "given": item["input"].get("baseline")}
+    return context
+
+
+def _untagged(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Drop the baseline that pydantic puts behind a grid's position."""
+    inside_a_grid = len(location) > 2 and location[0] == "grids" and isinstance(location[1], int)
+    return (*location[:2], *location[3:]) if inside_a_grid else location
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -181,10 +199,13 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def _allowed(kind: str, message: str, context: dict[str, Any], location: tuple[int | str, ...]) -> str:
     if kind == "extra_forbidden":
-        model = _model_at(location)
-        return "one of the keys " + ", ".join(model.model_fields) if model else "known keys only"
-    if kind == "missing":
+        return _keys_at(location)
+    if kind == "union_tag_invalid":
+        return f"one of {', '.join(get_args(PairedBaseline))}, the baselines that have a DDPNOpt partner"
+    if kind in MISSING:
         return "it is required"
+    if kind in NO_MAPPING:
+        return "a mapping"
     if kind == "finite_number":
         return "a finite number"
     if kind == "too_short":
@@ -194,17 +215,31 @@ def _allowed(kind: str, message: str, context: dict[str, Any], location: tuple[i
     return message.removeprefix("Input should be ").removeprefix("Input should ")
 
 
+def _keys_at(location: tuple[int | str, ...]) -> str:
+    model = _model_at(location)
+    if model is None:
+        return "known keys only"
+    keys = ", ".join(model.model_fields)
+    # Which options there are hangs on the grid's baseline, which pydantic puts behind its position.
+    return (
+        f"one of the options of {location[2]}: {keys}" if "options" in location else f"one of the keys {keys}"
+    )
+
+
 def _model_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
     """Find the model in which an unknown key was met."""
-    model: type[BaseModel] = SweepSpec
+    found: list[type[BaseModel]] = [SweepSpec]
     for step in location[:-1]:
         if isinstance(step, int):
             continue
-        annotation: Any = model.model_fields[step].annotation
-        while not isinstance(annotation, type) or not issubclass(annotation, BaseModel):
-            inner = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
-            if not inner:
-                return None
-            annotation = inner[0]
-        model = annotation
-    return model
+        if len(found) > 1:  # a grid: the step is its baseline
+            found = [model for model in found if step in get_args(model.model_fields["baseline"].annotation)]
+        else:
+            found = _models_in(found[0].model_fields[step].annotation)
+    return found[0] if len(found) == 1 else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
-from ddpnopt.config import EVAL_CHUNK, Method
+from ddpnopt import config
 from ddpnopt.datasets.catalog import CATALOG
 from service.errors import FieldError, InvalidInputError
-from service.sweeps.spec import SweepSpec
+from service.sweeps import estimate
+from service.sweeps.estimate import Layer, Method
+from service.sweeps.spec import GridSpec, SweepSpec
 
 PACK_RUNS: Final = 64
 """Most runs of a pack. On a CPU the time per run and step falls little beyond; smaller packs fill more cores
 and show the first row of a heatmap sooner."""
 
 PACK_BYTES: Final = 2 * 2**30
-"""Memory that a pack may take by the estimate below."""
-
-FLOPS_PER_SECOND: Final = 5e9
-"""Of one CPU core on the nets of Fig. 4a, as measured for packs of 50; for estimates of time alone."""
+"""Memory that a pack may take by the estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class PlannedRun:
     """
 
     grid: int
-    method: Method
+    method: config.Method
     learning_rate: float
     vxx_reg: float | None
     seed: int
@@ -91,49 +89,70 @@ def plan(spec: SweepSpec) -> Plan:
         if chosen[-1] and len(chosen[-1]) + len(bundle) > min(size, max(target, len(bundle))):
             chosen.append([])
         chosen[-1].extend(bundle)
-    total = sum(map(len, chosen))
-    seconds = total * spec.training.steps * _flops_per_step(spec) / FLOPS_PER_SECOND
-    return Plan(tuple(map(tuple, chosen)), seconds)
+    return Plan(tuple(map(tuple, chosen)), _seconds(spec))
 
 
-def _widths(spec: SweepSpec) -> tuple[int, ...]:
-    info = CATALOG[spec.dataset]
-    return (info.features, *spec.model.hidden, info.classes)
+def _net(spec: SweepSpec) -> tuple[Layer, ...]:
+    return estimate.layers(spec.layers(), len(spec.model.channels))
 
 
-def _layers(spec: SweepSpec) -> list[tuple[int, int]]:
-    widths = _widths(spec)
-    return list(pairwise(widths))
-
-
-def _holds_matrices(spec: SweepSpec) -> bool:
-    return any(not grid.ddpnopt.resolved().resolved().factorized for grid in spec.grids)
-
-
-def _bytes_per_run(spec: SweepSpec) -> int:
-    """Estimate a run's memory: weights and their update, activations, V_xx's products, taking the metrics."""
-    batch = spec.training.batch_size
-    numbers = sum(3 * o * (i + 1) + 6 * batch * (i + o) for i, o in _layers(spec))
-    if _holds_matrices(spec):
-        numbers += sum(2 * batch * o * i for i, o in _layers(spec)[1:])
-        numbers += 6 * batch * max(_widths(spec)[1:]) ** 2
-    numbers += 4 * EVAL_CHUNK * max(_widths(spec))
-    return numbers * (8 if spec.dtype == "float64" else 4)
+def _methods(spec: SweepSpec, grid: GridSpec) -> tuple[Method, Method]:
+    """Return what a grid's baseline costs, and its partner."""
+    options = grid.options.resolved()
+    feedback = grid.ddpnopt.resolved().resolved(convolutional=spec.model.resolved().convolutional)
+    return Method.of(grid.baseline, options, None), Method.of(grid.baseline, options, feedback)
 
 
 def _runs_in_memory(spec: SweepSpec) -> int:
-    each = _bytes_per_run(spec)
-    if each > PACK_BYTES:
-        given = f"hidden {spec.model.hidden} with batch_size {spec.training.batch_size}"
-        allowed = f"a net whose run needs at most {PACK_BYTES >> 20} MiB; this one needs {each >> 20}"
-        raise InvalidInputError([FieldError("model.hidden", given[:200], allowed)])
-    return PACK_BYTES // each
+    """Return how many runs of the hungriest kind fit a pack.
+
+    Raises:
+        InvalidInputError: if a single one does not.
+    """
+    net, size = _net(spec), 8 if spec.dtype == "float64" else 4
+    most = 0
+    for position, grid in enumerate(spec.grids):
+        for method in _methods(spec, grid):
+            needed = size * estimate.numbers(net, spec.training.batch_size, method)
+            if needed > PACK_BYTES:
+                thrifty = size * estimate.numbers(net, spec.training.batch_size, method.as_outer_product())
+                raise InvalidInputError([_too_large(spec, position, method, needed, thrifty)])
+            most = max(most, needed)
+    return PACK_BYTES // most
 
 
-def _flops_per_step(spec: SweepSpec) -> float:
-    """Estimate a run's floating-point operations per step."""
-    batch = spec.training.batch_size
-    flops = sum(10 * batch * i * o for i, o in _layers(spec))
-    if _holds_matrices(spec):
-        flops += sum(batch * (2 * o * o * i + 2 * o * i * i) for i, o in _layers(spec)[1:])
-    return float(flops)
+def _too_large(spec: SweepSpec, position: int, method: Method, needed: int, thrifty: int) -> FieldError:
+    """Say which option to change: that of a full V_xx if an outer product would fit, else the net."""
+    limit = f"a run may take {PACK_BYTES >> 20} MiB, this one needs {needed >> 20}"
+    if not method.full or thrifty > PACK_BYTES:
+        net = f"hidden {spec.model.hidden} with batch_size {spec.training.batch_size}"
+        if spec.model.channels:
+            net = f"channels {spec.model.channels}, {net}"
+        field = "model.channels" if spec.model.channels else "model.hidden"
+        return FieldError(field, net[:200], f"smaller ones: {limit}")
+    chosen = spec.grids[position].ddpnopt
+    thrift = f", which needs no matrix V_xx per sample: {limit}"
+    resolved = chosen.resolved().resolved(convolutional=bool(spec.model.channels))
+    name, given, allowed = "factorized", "false", "true"
+    if chosen.dynamics == "second_order":
+        name, given = "dynamics", "second_order"
+        allowed = "first_order with terminal_hessian: gauss_newton"
+    elif resolved.terminal_hessian == "exact":
+        name, given = "terminal_hessian", "exact" if chosen.terminal_hessian else "exact, the default"
+        allowed = "gauss_newton"
+    return FieldError(f"grids[{position}].ddpnopt.{name}", given, allowed + thrift)
+
+
+def _seconds(spec: SweepSpec) -> float:
+    """Estimate the time of all runs on one core: their steps, and the points of their curves."""
+    net, info, training = _net(spec), CATALOG[spec.dataset], spec.training.resolved()
+    points = math.ceil(training.steps / training.eval_every) + 1
+    metrics = points * estimate.metrics_seconds(net, info.train_size + info.test_size)
+    total = 0.0
+    for grid in spec.grids:
+        baseline, partner = (
+            metrics + training.steps * estimate.seconds(net, training.batch_size, method)
+            for method in _methods(spec, grid)
+        )
+        total += len(grid.learning_rate) * (baseline + len(grid.vxx_reg) * partner)
+    return total * len(spec.seed_list())

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pydantic import ValidationError
 from sqlalchemy import Connection, Row, Select, and_, func, insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
@@ -65,8 +66,7 @@ def create(
     Raises:
         ConflictError: if the key was used with another spec.
     """
-    document = spec.model_dump(mode="json")
-    if idempotency_key is not None and (first := _by_key(connection, idempotency_key, document)):
+    if idempotency_key is not None and (first := _by_key(connection, idempotency_key, spec)):
         return first, False
     sweep_id = new_id()
     now = connection.execute(select(clock())).scalar_one()
@@ -78,7 +78,7 @@ def create(
                     id=sweep_id,
                     name=spec.name,
                     state=SweepState.QUEUED,
-                    spec=document,
+                    spec=spec.model_dump(mode="json"),
                     idempotency_key=idempotency_key,
                     runs_total=plan.runs_total,
                     run_steps_total=plan.runs_total * steps,
@@ -87,7 +87,7 @@ def create(
             )
     except IntegrityError:
         # Another request with this key came first.
-        if idempotency_key is not None and (first := _by_key(connection, idempotency_key, document)):
+        if idempotency_key is not None and (first := _by_key(connection, idempotency_key, spec)):
             return first, False
         raise
     grid_ids = _insert_grids(connection, sweep_id, spec)
@@ -112,15 +112,23 @@ def create(
     return sweep_id, True
 
 
-def _by_key(connection: Connection, key: str, document: dict[str, Any]) -> str | None:
+def _by_key(connection: Connection, key: str, spec: SweepSpec) -> str | None:
     row = connection.execute(
         select(sweeps.c.id, sweeps.c.spec).where(sweeps.c.idempotency_key == key)
     ).first()
     if row is None:
         return None
-    if row.spec != document:
+    if not _means(row.spec, spec):
         raise ConflictError(f"Idempotency-Key {key!r} was used with another spec, for sweep {row.id}")
     return str(row.id)
+
+
+def _means(document: dict[str, Any], spec: SweepSpec) -> bool:
+    """Tell whether a stored document, which an older version may have written, says what a spec says."""
+    try:
+        return SweepSpec.model_validate(document) == spec
+    except ValidationError:
+        return False
 
 
 def _insert_grids(connection: Connection, sweep_id: str, spec: SweepSpec) -> dict[int, int]:

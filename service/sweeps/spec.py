@@ -1,9 +1,12 @@
-"""The spec that users hold, as models. Unknown keys are refused; numbers are never taken from strings."""
+"""The spec that users hold, as models. Unknown keys are refused; numbers are never taken from strings.
+
+What was added later has a default: a spec that an older version stored still reads, and means the same.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -21,6 +24,8 @@ MAX_CURVE_POINTS: Final = 2000
 
 PositiveRate = Annotated[float, Field(gt=0, le=1e6)]
 NonNegative = Annotated[float, Field(ge=0, le=1e6)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Widths = Annotated[list[Annotated[int, Field(ge=1, le=config.MAX_WIDTH)]], Field(max_length=config.MAX_DEPTH)]
 Seed = Annotated[int, Field(ge=0, le=config.MAX_SEED)]
 
 
@@ -47,18 +52,47 @@ def _known_dataset(name: str) -> str:
     return name
 
 
+def _refused(error: ConfigError, *within: str) -> PydanticCustomError:
+    """Turn what the numerics refuse into an error of this document.
+
+    Args:
+        error: names its field as `model.channels`, `betas[0]`.
+        within: the part of that name that leads to the model which is being checked.
+    """
+    steps = error.field.replace("]", "").replace("[", ".").split(".")
+    at = tuple(int(step) if step.isdigit() else step for step in steps)
+    context = {"allowed": error.allowed, "at": at[len(within) :] if at[: len(within)] == within else at}
+    return PydanticCustomError("config", "{allowed}", context | {"given": error.value})
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class ModelSpec(_Model):
-    """The net: `kind: fcn`, the widths of its hidden layers and their activation."""
+    """The net. See `ddpnopt.config.ModelConfig`."""
 
-    kind: Literal["fcn"]
-    hidden: Annotated[
-        list[Annotated[int, Field(ge=1, le=config.MAX_WIDTH)]], Field(max_length=config.MAX_DEPTH)
-    ]
-    activation: config.Activation = "tanh"
+    kind: Annotated[config.ModelKind, Field(description="fully connected, or convolutions before that")]
+    hidden: Annotated[Widths, Field(description="widths of the fully connected hidden layers")]
+    activation: Annotated[config.Activation, Field(description="after every layer but the last")] = "tanh"
+    channels: Annotated[
+        Widths, Field(description="of a cnn's 3 × 3 convolutions; every second one halves the image")
+    ] = []
+    output: Annotated[config.Activation, Field(description="after the last layer")] = "identity"
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelSpec:
+        try:
+            self.resolved()
+        except ConfigError as error:
+            raise _refused(error, "model") from error
+        return self
+
+    def resolved(self) -> config.ModelConfig:
+        """Return the configuration."""
+        return config.ModelConfig(
+            tuple(self.hidden), self.activation, self.kind, tuple(self.channels), self.output
+        )
 
 
 class TrainingSpec(_Model):
@@ -94,18 +128,14 @@ class FeedbackSpec(_Model):
     curvature_scale: NonNegative = 1.0
     safeguard: config.Safeguard = "clamp"
     feedback: bool = True
+    dynamics: config.Dynamics = "first_order"
 
     @model_validator(mode="after")
     def _possible(self) -> FeedbackSpec:
         try:
             self.resolved()
         except ConfigError as error:
-            context = {
-                "allowed": error.allowed,
-                "at": (error.field.rpartition(".")[2],),
-                "given": error.value,
-            }
-            raise PydanticCustomError("feedback", "{allowed}", context) from error
+            raise _refused(error, "ddpnopt") from error
         return self
 
     def resolved(self) -> config.FeedbackConfig:
@@ -113,10 +143,70 @@ class FeedbackSpec(_Model):
         return config.FeedbackConfig(**self.model_dump())
 
 
+class OptionsSpec(_Model):
+    """A baseline's own numbers, which its DDPNOpt partner shares; see `ddpnopt.config.BaselineOptions`."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> OptionsSpec:
+        try:
+            self.resolved()
+        except ConfigError as error:
+            raise _refused(error) from error
+        return self
+
+    def resolved(self) -> config.BaselineOptions:
+        """Return the configuration."""
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in self.model_dump().items()
+        }
+        return config.BaselineOptions(**given)
+
+
+_DEFAULT: Final = config.BaselineOptions()
+
+
+class SGDOptions(OptionsSpec):
+    """Options of SGD."""
+
+    momentum: Fraction = _DEFAULT.momentum
+    weight_decay: NonNegative = _DEFAULT.weight_decay
+
+
+class RMSpropOptions(OptionsSpec):
+    """Options of RMSprop."""
+
+    momentum: Fraction = _DEFAULT.momentum
+    weight_decay: NonNegative = _DEFAULT.weight_decay
+    rho: Fraction = _DEFAULT.rho
+    eps: NonNegative = _DEFAULT.eps
+    second_moment: config.SecondMoment = _DEFAULT.second_moment
+
+
+class AdamOptions(OptionsSpec):
+    """Options of Adam."""
+
+    weight_decay: NonNegative = _DEFAULT.weight_decay
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = list(_DEFAULT.betas)
+    eps: NonNegative = _DEFAULT.eps
+    second_moment: config.SecondMoment = _DEFAULT.second_moment
+
+
+class KroneckerOptions(OptionsSpec):
+    """Options of KFAC and EKFAC."""
+
+    momentum: Fraction = _DEFAULT.momentum
+    weight_decay: NonNegative = _DEFAULT.weight_decay
+    damping: NonNegative = _DEFAULT.damping
+    factor_decay: Fraction = _DEFAULT.factor_decay
+    inverse_every: Annotated[int, Field(ge=1, le=config.MAX_STEPS)] = _DEFAULT.inverse_every
+
+
 class GridSpec(_Model):
     """One baseline's table: learning rates down, V_xx regularisations across."""
 
-    baseline: config.Baseline
+    baseline: config.PairedBaseline
+    options: OptionsSpec
     learning_rate: Annotated[
         list[PositiveRate], Field(min_length=1, max_length=MAX_GRID_VALUES), AfterValidator(_distinct)
     ]
@@ -124,6 +214,54 @@ class GridSpec(_Model):
         list[NonNegative], Field(min_length=1, max_length=MAX_GRID_VALUES), AfterValidator(_distinct)
     ]
     ddpnopt: FeedbackSpec = FeedbackSpec()
+
+    def setting(self) -> str:
+        """Name what the grid sets besides its axes, as `rho 0.98, safeguard psd`; empty if nothing."""
+        changed = (
+            (name, value)
+            for chosen in (self.options, self.ddpnopt)
+            for name, value in chosen
+            if value != getattr(type(chosen)(), name)
+        )
+        return ", ".join(f"{name} {_written(value)}" for name, value in changed)
+
+
+def _written(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_written, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class SGDGrid(GridSpec):
+    """A grid of SGD."""
+
+    baseline: Literal["sgd"]
+    options: SGDOptions = SGDOptions()
+
+
+class RMSpropGrid(GridSpec):
+    """A grid of RMSprop."""
+
+    baseline: Literal["rmsprop"]
+    options: RMSpropOptions = RMSpropOptions()
+
+
+class AdamGrid(GridSpec):
+    """A grid of Adam."""
+
+    baseline: Literal["adam"]
+    options: AdamOptions = AdamOptions()
+
+
+class KroneckerGrid(GridSpec):
+    """A grid of KFAC or EKFAC."""
+
+    baseline: Literal["kfac", "ekfac"]
+    options: KroneckerOptions = KroneckerOptions()
+
+
+Grid: TypeAlias = Annotated[SGDGrid | RMSpropGrid | AdamGrid | KroneckerGrid, Field(discriminator="baseline")]
+"""A grid by its baseline, which decides what options there are."""
 
 
 class SweepSpec(_Model):
@@ -139,7 +277,7 @@ class SweepSpec(_Model):
         | Annotated[list[Seed], Field(min_length=1, max_length=MAX_SEEDS), AfterValidator(_distinct)]
     )
     dtype: config.DType = "float32"
-    grids: Annotated[list[GridSpec], Field(min_length=1, max_length=MAX_GRIDS)]
+    grids: Annotated[list[Grid], Field(min_length=1, max_length=MAX_GRIDS)]
 
     @field_validator("training")
     @classmethod
@@ -159,6 +297,14 @@ class SweepSpec(_Model):
         return training
 
     @model_validator(mode="after")
+    def _net_fits_the_samples(self) -> SweepSpec:
+        try:
+            self.layers()
+        except ConfigError as error:
+            raise _refused(error) from error
+        return self
+
+    @model_validator(mode="after")
     def _not_too_many(self) -> SweepSpec:
         total = self.runs_total()
         if total > MAX_RUNS:
@@ -173,6 +319,11 @@ class SweepSpec(_Model):
         """Return the seeds: 0..n-1 if only their number was given."""
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
 
+    def layers(self) -> tuple[config.LayerShape, ...]:
+        """Return the sizes of the net's layers on this dataset."""
+        dataset = CATALOG[self.dataset]
+        return self.model.resolved().layers(dataset.shape, dataset.classes)
+
     def runs_total(self) -> int:
         """Count the runs by arithmetic: a baseline is trained once per learning rate and seed."""
         per_seed = sum(len(g.learning_rate) * (1 + len(g.vxx_reg)) for g in self.grids)
@@ -182,14 +333,15 @@ class SweepSpec(_Model):
         self, grid: int, method: config.Method, learning_rate: float, vxx_reg: float | None, seed: int
     ) -> config.RunConfig:
         """Return the configuration of one run of the sweep."""
-        feedback = self.grids[grid].ddpnopt.resolved() if method == "ddpnopt" else None
+        chosen = self.grids[grid]
+        feedback = chosen.ddpnopt.resolved() if method == "ddpnopt" else None
         return config.RunConfig(
             dataset=self.dataset,
-            model=config.ModelConfig(tuple(self.model.hidden), self.model.activation),
+            model=self.model.resolved(),
             loss=self.loss,
             training=self.training.resolved(),
             optimizer=config.OptimizerConfig(
-                self.grids[grid].baseline, method, learning_rate, vxx_reg, feedback
+                chosen.baseline, method, learning_rate, vxx_reg, feedback, chosen.options.resolved()
             ),
             seed=seed,
             dtype=self.dtype,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, select
 
+from ddpnopt import NUMERICS_VERSION
 from ddpnopt.results import METRICS, Divergence, RunResult
 from service.db.engine import read, write
 from service.db.tables import packs
@@ -15,7 +16,7 @@ from service.sweeps.documents import parse_spec
 from service.sweeps.expand import plan
 from workers.protocol import Environment
 
-ENVIRONMENT = Environment("a CPU", {"numerics": "1"}, "0" * 64)
+ENVIRONMENT = Environment("a CPU", {"numerics": str(NUMERICS_VERSION)}, "0" * 64)
 
 
 def submit(engine: Engine, document: dict[str, Any], key: str | None = None) -> str:

@@ -6,20 +6,23 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, update
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
+from ddpnopt.config import PairedBaseline
 from service.app import create_app
 from service.config import MAX_BODY_BYTES, Settings
 from service.db.engine import write
+from service.db.tables import sweeps
 from service.dispatch import leases
 from service.sweeps.expand import Plan, plan
 from service.sweeps.spec import SweepSpec
+from tests.conftest import STORED_BEFORE
 from tests.service.helpers import ENVIRONMENT, outcome
 
 SWEEPS = "/api/v1/sweeps"
@@ -263,8 +266,61 @@ def test_several_grids_must_be_told_apart(sqlite_client: TestClient, small_spec:
     small_spec["grids"].append(second)
     sweep_id = sqlite_client.post(SWEEPS, json=small_spec).json()["id"]
     document = check_problem(sqlite_client.get(f"{SWEEPS}/{sweep_id}/heatmap?baseline=sgd"), 422)
-    assert document["errors"][0]["allowed"] == "one of 0, 1, since several grids fit"
-    assert sqlite_client.get(f"{SWEEPS}/{sweep_id}/heatmap?grid=1").json()["learning_rate"] == [0.2]
+    allowed = "one of 0 (sgd), 1 (sgd, safeguard psd), since several grids fit"
+    assert document["errors"][0]["allowed"] == allowed
+    panel = sqlite_client.get(f"{SWEEPS}/{sweep_id}/heatmap?grid=1").json()
+    assert (panel["learning_rate"], panel["setting"]) == ([0.2], "safeguard psd")
+    check_problem(sqlite_client.get(f"{SWEEPS}/{sweep_id}/curves?baseline=sgd"), 422)
+    assert sqlite_client.get(f"{SWEEPS}/{sweep_id}/curves?grid=1").status_code == 200
+
+
+def test_several_baselines_in_one_sweep(
+    client: TestClient, engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    plain = small_spec["grids"][0]
+    small_spec["grids"] = [
+        plain | {"baseline": "sgd", "options": {"momentum": 0.9}},
+        plain | {"baseline": "adam", "learning_rate": [0.01]},
+        plain | {"baseline": "ekfac", "ddpnopt": {"terminal_hessian": "gauss_newton"}},
+    ]
+    assert client.post(f"{SWEEPS}/validate", json=small_spec).json()["runs"] == 18 + 9 + 18
+    sweep = client.post(SWEEPS, json=small_spec).json()
+    assert sweep["spec"]["grids"][0]["options"] == {"momentum": 0.9, "weight_decay": 0.0}
+    finish_all(engine)
+    wanted = {"sgd": "momentum 0.9", "adam": "", "ekfac": "terminal_hessian gauss_newton"}
+    for baseline, setting in wanted.items():
+        panel = client.get(f"{SWEEPS}/{sweep['id']}/heatmap", params={"baseline": baseline}).json()
+        assert (panel["baseline"], panel["setting"]) == (baseline, setting)
+        assert {cell["n"] for cell in panel["cells"]} == {3}
+    refused = check_problem(client.get(f"{SWEEPS}/{sweep['id']}/heatmap?baseline=kfac"), 422)
+    assert refused["errors"][0]["allowed"].endswith(
+        "0 (sgd, momentum 0.9), 1 (adam), 2 (ekfac, terminal_hessian gauss_newton)"
+    )
+    runs = client.get(f"{SWEEPS}/{sweep['id']}/runs", params={"limit": 1000}).json()["runs"]
+    assert [sum(run["baseline"] == name for run in runs) for name in wanted] == [18, 9, 18]
+    text = client.get(f"/sweeps/{sweep['id']}").text
+    for words in ("vs SGD", "vs Adam", "vs EKFAC", "<small>momentum 0.9</small>", "curves?grid=2"):
+        assert words in text
+
+
+def test_a_sweep_that_an_older_version_stored(
+    client: TestClient, engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    small_spec["name"] = STORED_BEFORE["name"]
+    key = {"Idempotency-Key": "before"}
+    sweep_id = client.post(SWEEPS, json=small_spec, headers=key).json()["id"]
+    with write(engine) as connection:
+        connection.execute(update(sweeps).values(spec=STORED_BEFORE))
+    finish_all(engine)
+    assert client.get(f"{SWEEPS}/{sweep_id}").json()["spec"] == STORED_BEFORE
+    panel = client.get(f"{SWEEPS}/{sweep_id}/heatmap").json()
+    assert (panel["setting"], panel["cells"][0]["n"]) == ("", 3)
+    assert client.get(f"{SWEEPS}/{sweep_id}/curves").status_code == 200
+    assert "DDPNOpt vs SGD" in client.get(f"/sweeps/{sweep_id}").text
+    # The same request is the same sweep, though the spec has more fields now.
+    assert client.post(SWEEPS, json=small_spec, headers=key).json()["id"] == sweep_id
+    other = small_spec["grids"][0] | {"options": {"momentum": 0.9}}
+    check_problem(client.post(SWEEPS, json=small_spec | {"grids": [other]}, headers=key), 409)
 
 
 def test_a_database_that_is_away_is_a_503(sqlite_client: TestClient) -> None:
@@ -313,6 +369,9 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
     assert body == {"$ref": "#/components/schemas/SweepSpec"}
     schemas = document["components"]["schemas"]
     assert set(schemas["SweepSpec"]["properties"]) == set(SweepSpec.model_fields)
+    variants = schemas["SweepSpec"]["properties"]["grids"]["items"]
+    assert set(variants["discriminator"]["mapping"]) == set(get_args(PairedBaseline))
+    assert "setting" in schemas["Heatmap"]["properties"]
     text = json.dumps(document)
     assert "HTTPValidationError" not in text
     submit = document["paths"][SWEEPS]["post"]["responses"]

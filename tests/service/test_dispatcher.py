@@ -19,6 +19,7 @@ from service.dispatch.policy import MAX_ATTEMPTS, GiveUp, Requeue, after_failure
 from service.dispatch.states import PackState, SweepState, sweep_state
 from service.results import queries as result_queries
 from service.sweeps import queries
+from tests.conftest import STORED_BEFORE
 from tests.service.helpers import ENVIRONMENT, outcome, pack_rows, submit
 from workers.local import LocalExecutor
 from workers.protocol import PackEvent, PackFailed, PackFinished, PackProgress, PackTask
@@ -217,6 +218,49 @@ def test_a_spec_of_another_version_fails_its_own_sweep_alone(
     row = sweep(engine, strange)
     assert (row.state, row.error) == ("failed", "this version cannot read the sweep's spec")
     assert sweep(engine, good).state == "completed"
+
+
+def test_a_spec_that_an_older_version_stored_is_trained_as_it_was_meant(
+    sqlite_engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    old, new = submit(sqlite_engine, small_spec), submit(sqlite_engine, small_spec)
+    with write(sqlite_engine) as connection:
+        connection.execute(update(sweeps).where(sweeps.c.id == old).values(spec=STORED_BEFORE))
+    script = Script()
+    Dispatcher(sqlite_engine, script, "a").step(0)
+    assert {pack.sweep_id for pack in pack_rows(sqlite_engine)} == {old, new}
+    assert script.tasks[0].runs == script.tasks[1].runs
+
+
+def test_every_baseline_and_convolutions_are_trained(
+    sqlite_engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    plain = {"learning_rate": [0.01], "vxx_reg": [1e-4]}
+    options: dict[str, dict[str, Any]] = {
+        "sgd": {"momentum": 0.5},
+        "rmsprop": {"second_moment": "per_sample"},
+        "adam": {"betas": [0.8, 0.9]},
+        "kfac": {"weight_decay": 1e-4},
+        "ekfac": {"inverse_every": 2},
+    }
+    small_spec |= {
+        "dataset": "digits",
+        "model": {"kind": "cnn", "channels": [2, 2], "hidden": [4], "output": "sigmoid"},
+        "loss": "mse",
+        "seeds": 2,
+        "grids": [plain | {"baseline": name, "options": chosen} for name, chosen in options.items()],
+    }
+    small_spec["grids"].append(plain | {"baseline": "sgd", "ddpnopt": {"dynamics": "second_order"}})
+    sweep_id = submit(sqlite_engine, small_spec)
+    dispatcher = Dispatcher(sqlite_engine, LocalExecutor(), "a")
+    for _ in range(20):
+        dispatcher.step(0)
+    row = sweep(sqlite_engine, sweep_id)
+    assert (row.state, row.error, row.runs_done) == ("completed", None, 24)
+    with read(sqlite_engine) as connection:
+        for position in range(6):
+            panel = result_queries.heatmap(connection, sweep_id, "train_loss", grid=position)
+            assert [cell.n_ended for cell in panel.cells] == [2]
 
 
 def test_closing_gives_everything_back(engine: Engine, small_spec: dict[str, Any]) -> None:

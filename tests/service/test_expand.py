@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.errors import InvalidInputError
 from service.sweeps.documents import parse_spec, parse_yaml
 from service.sweeps.expand import PACK_RUNS, expand, plan
 from service.sweeps.spec import SweepSpec
 from tests.conftest import EXAMPLES, SMALL_SPEC
 
+IMAGES = {"kind": "cnn", "channels": [32, 32, 32, 32], "hidden": [32], "activation": "relu"}
 rates = st.lists(st.floats(1e-6, 10), min_size=1, max_size=12, unique=True)
-grid = st.fixed_dictionaries({"baseline": st.just("sgd"), "learning_rate": rates, "vxx_reg": rates})
+baselines = st.sampled_from(["sgd", "rmsprop", "adam", "kfac", "ekfac"])
+grid = st.fixed_dictionaries({"baseline": baselines, "learning_rate": rates, "vxx_reg": rates})
 
 
 @st.composite
@@ -77,3 +81,104 @@ def test_large_nets_get_small_packs(small_spec: dict[str, Any]) -> None:
     small_spec["training"]["batch_size"] = 64
     packs = plan(parse_spec(small_spec)).packs
     assert 1 <= max(map(len, packs)) < 18
+
+
+def test_the_whole_of_fig_4a() -> None:
+    spec = parse_spec(parse_yaml((EXAMPLES / "digits-fig4a-all.yaml").read_bytes()))
+    packs = plan(spec).packs
+    assert [grid.baseline for grid in spec.grids] == ["sgd", "rmsprop", "ekfac"]
+    assert [len(grid.learning_rate) * len(grid.vxx_reg) for grid in spec.grids] == [16, 16, 16]
+    assert sum(map(len, packs)) == 600
+    assert max(map(len, packs)) <= PACK_RUNS
+    configs = [
+        spec.run_config(r.grid, r.method, r.learning_rate, r.vxx_reg, r.seed) for p in packs for r in p
+    ]
+    assert len({run.pack_key() for run in configs}) == 1
+    rho = {run.optimizer.options.rho for run in configs if run.optimizer.baseline == "rmsprop"}
+    assert rho == {0.98}
+
+
+def images(batch_size: int, feedback: dict[str, Any], **changes: Any) -> SweepSpec:
+    grids = [SMALL_SPEC["grids"][0], SMALL_SPEC["grids"][0] | {"ddpnopt": feedback}]
+    training = {"steps": 100, "batch_size": batch_size}
+    return parse_spec(
+        SMALL_SPEC | {"dataset": "mnist", "model": IMAGES, "training": training, "grids": grids} | changes
+    )
+
+
+def test_convolutions_get_small_packs() -> None:
+    sizes = set(map(len, plan(images(128, {})).packs))
+    assert max(sizes) in range(2, 6)
+    assert max(map(len, plan(images(8, {})).packs)) > max(sizes)
+
+
+@pytest.mark.parametrize(
+    ("feedback", "field", "given", "allowed"),
+    [
+        (
+            {"terminal_hessian": "exact"},
+            "terminal_hessian",
+            "exact",
+            "gauss_newton, which needs no matrix V_xx",
+        ),
+        (
+            {"factorized": False},
+            "factorized",
+            "false",
+            "true, which needs no matrix V_xx per sample: a run may",
+        ),
+        (
+            {"dynamics": "second_order"},
+            "dynamics",
+            "second_order",
+            "first_order with terminal_hessian: gauss",
+        ),
+    ],
+)
+def test_a_full_v_xx_that_cannot_fit_names_the_option(
+    feedback: dict[str, Any], field: str, given: str, allowed: str
+) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        plan(images(128, feedback))
+    (error,) = caught.value.errors
+    assert (error.field, error.value) == (f"grids[1].ddpnopt.{field}", given)
+    assert error.allowed.startswith(allowed)
+    assert "MiB" in error.allowed
+
+
+def test_a_wide_net_is_told_to_take_the_outer_product(small_spec: dict[str, Any]) -> None:
+    small_spec |= {"dataset": "digits", "model": {"kind": "fcn", "hidden": [2048, 2048]}}
+    small_spec["training"]["batch_size"] = 256
+    with pytest.raises(InvalidInputError) as caught:
+        plan(parse_spec(small_spec))
+    (error,) = caught.value.errors
+    assert (error.field, error.value) == ("grids[0].ddpnopt.terminal_hessian", "exact, the default")
+    small_spec["grids"][0]["ddpnopt"] = {"terminal_hessian": "gauss_newton"}
+    assert plan(parse_spec(small_spec)).runs_total == 18
+
+
+def test_a_net_that_cannot_fit_at_all_is_named() -> None:
+    for feedback in ({}, {"dynamics": "second_order"}):
+        with pytest.raises(
+            InvalidInputError, match=r"^model\.channels: got channels \[32, 32, 32, 32\], hidden"
+        ):
+            plan(images(4096, feedback))
+
+
+def test_a_small_image_holds_a_full_v_xx() -> None:
+    model = IMAGES | {"channels": [4, 4], "hidden": []}
+    for feedback in ({"terminal_hessian": "exact"}, {"dynamics": "second_order"}):
+        assert plan(images(16, feedback, dataset="digits", model=model)).runs_total == 36
+
+
+def test_what_takes_longer_is_said_to_take_longer(small_spec: dict[str, Any]) -> None:
+    def seconds(**changes: Any) -> float:
+        small_spec["grids"][0] |= changes
+        return plan(parse_spec(small_spec)).seconds
+
+    small_spec |= {"dataset": "digits", "training": {"steps": 1500, "batch_size": 16}}
+    plain = seconds()
+    assert seconds(baseline="ekfac") > 1.5 * plain
+    assert seconds(options={"inverse_every": 50}) < seconds(options={})
+    small_spec["training"]["eval_every"] = 1
+    assert seconds(baseline="sgd") > 2 * plain

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 
+from ddpnopt.config import PairedBaseline
+from service.cli import display
 from service.results import figures, page, plots
 from service.results.statistics import Cell, CellState, Heatmap
 
@@ -125,3 +129,68 @@ def test_a_page_of_its_own_escapes_names(panel: Heatmap, tmp_path: Path) -> None
     text = (tmp_path / "a.html").read_text()
     assert "<title>&lt;b&gt;&amp;</title>" in text
     assert text.count('class="plotly-graph-div"') == 2
+
+
+def test_every_baseline_of_a_grid_has_a_title(panel: Heatmap) -> None:
+    assert list(figures.BASELINES) == list(get_args(PairedBaseline))
+    assert figures.title(replace(panel, baseline="ekfac")) == "DDPNOpt vs EKFAC: training loss"
+
+
+def test_grids_of_one_baseline_are_told_apart(panel: Heatmap, tmp_path: Path) -> None:
+    tuned = replace(panel, grid=1, setting="momentum 0.9, safeguard psd")
+    plain, other = (figures.plotly_figure(p)["layout"]["title"]["text"] for p in (panel, tuned))
+    assert plain == "DDPNOpt vs SGD: training loss"
+    assert other.startswith(plain)
+    assert "momentum 0.9, safeguard psd" in other
+    console = Console(width=80, record=True)
+    console.print(display.heatmap_table(tuned))
+    assert "training loss\nmomentum 0.9, safeguard psd\n" in console.export_text()
+    page.save([panel, tuned], tmp_path / "a.html")
+    assert "momentum 0.9, safeguard psd" in (tmp_path / "a.html").read_text()
+
+
+def drawn_figure(monkeypatch: pytest.MonkeyPatch, panels: list[Heatmap], path: Path) -> Figure:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "Figure", lambda **kw: drawn.append(Figure(**kw)) or drawn[-1])
+    plots.save(panels, path)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_several_grids_are_drawn_as_in_fig_4a(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, panel: Heatmap
+) -> None:
+    """Grids side by side, metrics one below the other, and no words over each other."""
+    grids = [
+        panel,
+        replace(
+            panel, grid=1, baseline="rmsprop", setting="rho 0.98, momentum 0.9, eps 1e-08, factorized true"
+        ),
+        replace(panel, grid=2, baseline="ekfac"),
+    ]
+    panels = [replace(p, metric=metric) for metric in ("train_loss", "train_accuracy") for p in grids]
+    figure = drawn_figure(monkeypatch, panels, tmp_path / "a.png")
+    axes = [ax for ax in figure.axes if ax.get_title()]
+    assert [ax.get_title().partition(" vs ")[2].partition("\n")[0] for ax in axes] == [
+        "SGD: training loss",
+        "RMSprop: training loss",
+        "EKFAC: training loss",
+        "SGD: training accuracy (percent points)",
+        "RMSprop: training accuracy (percent points)",
+        "EKFAC: training accuracy (percent points)",
+    ]
+    boxes = [ax.title.get_window_extent() for ax in axes]
+    assert boxes[0].y0 > boxes[3].y1
+    assert boxes[0].x1 < boxes[1].x0
+    for k, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in [*boxes[k + 1 :], *(ax.bbox for ax in axes)])
+
+
+def test_many_grids_stay_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, panel: Heatmap) -> None:
+    bare = replace(panel, learning_rate=(0.1,), vxx_reg=(1e-4,), cells=panel.cells[:1])
+    figure = drawn_figure(monkeypatch, [replace(bare, grid=k) for k in range(6)], tmp_path / "a.svg")
+    assert sum(bool(ax.get_title()) for ax in figure.axes) == 6
+    assert len({round(ax.get_position().x0, 3) for ax in figure.axes if ax.get_title()}) == plots.COLUMNS

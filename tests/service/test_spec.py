@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from ddpnopt import config
+from ddpnopt.errors import ConfigError
 from service.errors import InvalidInputError
 from service.sweeps.documents import parse_json, parse_spec, parse_yaml
 from service.sweeps.expand import plan
 from service.sweeps.spec import SweepSpec
-from tests.conftest import EXAMPLES, SMALL_SPEC
+from tests.conftest import EXAMPLES, SMALL_SPEC, STORED_BEFORE
+
+CNN = {"kind": "cnn", "channels": [4, 4], "hidden": [], "activation": "relu"}
+
+
+def grid(baseline: str, **options: Any) -> dict[str, Any]:
+    return {"baseline": baseline, "options": options, "learning_rate": [0.1], "vxx_reg": [1e-4]}
+
 
 BAD: list[tuple[str, Any, str, str]] = [
     # where, what is put there, the field that the error names, a piece of what it says is allowed
     ("colour", "red", "colour", "one of the keys name, dataset, model"),
     ("model.wide", 3, "model.wide", "one of the keys kind, hidden, activation"),
-    ("grids.0.foo", 3, "grids[0].foo", "one of the keys baseline, learning_rate"),
+    ("grids.0.foo", 3, "grids[0].foo", "one of the keys baseline, options, learning_rate"),
     ("grids.0.ddpnopt", {"x": 1}, "grids[0].ddpnopt.x", "one of the keys terminal_hessian"),
     ("grids.0.learning_rate", [], "grids[0].learning_rate", "at least 1"),
     ("grids.0.vxx_reg", [], "grids[0].vxx_reg", "at least 1"),
@@ -32,11 +41,49 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("grids.0.learning_rate", [float("inf")], "grids[0].learning_rate[0]", "finite"),
     ("grids.0.learning_rate", ["0.1"], "grids[0].learning_rate[0]", "number"),
     ("grids.0.learning_rate", [True], "grids[0].learning_rate[0]", "number"),
-    ("grids.0.baseline", "adamw", "grids[0].baseline", "sgd"),
+    ("grids.0.baseline", "adamw", "grids[0].baseline", "one of sgd, rmsprop, adam, kfac, ekfac, the base"),
+    ("grids.0.baseline", "emsa", "grids[0].baseline", "the baselines that have a DDPNOpt partner"),
+    ("grids.0.baseline", 3, "grids[0].baseline", "one of sgd, rmsprop"),
+    ("grids.0", {"learning_rate": [0.1], "vxx_reg": [0]}, "grids[0].baseline", "it is required"),
+    ("grids.0", 3, "grids[0]", "a mapping"),
+    ("grids.0.sgd", 3, "grids[0].sgd", "one of the keys baseline, options, learning_rate"),
+    (
+        "grids.0.options",
+        {"foo": 1},
+        "grids[0].options.foo",
+        "one of the options of sgd: momentum, weight_decay",
+    ),
+    ("grids.0.options", {"rho": 0.9}, "grids[0].options.rho", "one of the options of sgd: momentum, weight"),
+    ("grids.0.options", {"momentum": 1}, "grids[0].options.momentum", "less than 1"),
+    ("grids.0.options", {"momentum": "0.9"}, "grids[0].options.momentum", "number"),
+    ("grids.0.options", {"weight_decay": -1}, "grids[0].options.weight_decay", "greater than or equal to 0"),
+    ("grids.0.options", {"weight_decay": float("nan")}, "grids[0].options.weight_decay", "finite"),
+    ("grids.0.options", [], "grids[0].options", "a mapping"),
+    (
+        "grids.0",
+        grid("rmsprop", second_moment="x"),
+        "grids[0].options.second_moment",
+        "'batch' or 'per_sample'",
+    ),
+    ("grids.0", grid("adam", momentum=0.5), "grids[0].options.momentum", "of adam: weight_decay, betas, eps"),
+    ("grids.0", grid("adam", betas=[0.9]), "grids[0].options.betas", "at least 2"),
+    ("grids.0", grid("adam", betas=[0.9, 1.5]), "grids[0].options.betas[1]", "less than 1"),
+    (
+        "grids.0",
+        grid("ekfac", inverse_every=0),
+        "grids[0].options.inverse_every",
+        "greater than or equal to 1",
+    ),
+    ("grids.0", grid("kfac", rho=0.5), "grids[0].options.rho", "of kfac: momentum, weight_decay, damping"),
     ("grids", [], "grids", "at least 1"),
-    ("dataset", "imagenet", "dataset", "one of digits, wine"),
-    ("model.kind", "transformer", "model.kind", "fcn"),
-    ("model.activation", "swish", "model.activation", "'tanh', 'relu', 'sigmoid' or 'identity'"),
+    ("dataset", "imagenet", "dataset", "one of cifar10, clusters12, clusters15, clusters5, clusters8, "),
+    ("model.kind", "transformer", "model.kind", "'fcn' or 'cnn'"),
+    ("model.kind", "cnn", "model.channels", "at least one convolution"),
+    ("model.channels", [3], "model.channels", "nothing for an fcn"),
+    ("model", CNN, "model.kind", "fcn: samples of shape (13,) are no images"),
+    ("model", CNN | {"channels": [0]}, "model.channels[0]", "greater than or equal to 1"),
+    ("model.activation", "swish", "model.activation", "'tanh', 'relu', 'sigmoid', 'gelu', 'leaky_relu' or"),
+    ("model.output", "softmax", "model.output", "'tanh', 'relu', 'sigmoid', 'gelu', 'leaky_relu' or"),
     ("model.hidden", [10**9], "model.hidden[0]", "8192"),
     ("model.hidden", [0], "model.hidden[0]", "greater than or equal to 1"),
     ("model.hidden", [4] * 65, "model.hidden", "at most 64"),
@@ -53,7 +100,7 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("seeds", [-1], "seeds[0]", "greater than or equal to 0"),
     ("seeds", [2**64], "seeds[0]", "less than or equal to"),
     ("seeds", True, "seeds", "integer"),
-    ("loss", "hinge", "loss", "cross_entropy"),
+    ("loss", "hinge", "loss", "'cross_entropy', 'mse' or 'mmc'"),
     ("dtype", "float16", "dtype", "'float32' or 'float64'"),
     ("name", "", "name", "at least 1 character"),
     ("name", "a\x00b", "name", "printable"),
@@ -65,6 +112,13 @@ BAD: list[tuple[str, Any, str, str]] = [
         "grids[0].ddpnopt.factorized",
         "gauss_newton",
     ),
+    (
+        "grids.0.ddpnopt",
+        {"factorized": True, "dynamics": "second_order"},
+        "grids[0].ddpnopt.factorized",
+        "false with second-order dynamics",
+    ),
+    ("grids.0.ddpnopt", {"dynamics": 2}, "grids[0].ddpnopt.dynamics", "'first_order' or 'second_order'"),
     ("grids.0.learning_rate", [k + 1 for k in range(31_623)], "grids[0].learning_rate", "at most 1000"),
 ]
 
@@ -189,3 +243,105 @@ def test_what_is_stored_reads_back_as_the_same_spec(small_spec: dict[str, Any]) 
     assert SweepSpec.model_validate(stored) == spec
     again = spec.run_config(0, "ddpnopt", 0.1, 1e-4, 2)
     assert SweepSpec.model_validate(stored).run_config(0, "ddpnopt", 0.1, 1e-4, 2) == again
+
+
+def on_digits(**changes: Any) -> dict[str, Any]:
+    return copy.deepcopy(SMALL_SPEC) | {"dataset": "digits", "model": CNN} | changes
+
+
+def test_a_net_that_pools_its_images_away_is_refused() -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        parse_spec(on_digits(model=CNN | {"channels": [2] * 8}))
+    (error,) = caught.value.errors
+    assert error.field == "model.channels"
+    assert error.allowed == "at most 7 convolutions for images of 8 × 8"
+
+
+def test_all_errors_of_a_grids_options_are_told_at_once() -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        parse_spec(SMALL_SPEC | {"grids": [grid("ekfac", rho=0.9, damping=-1, inverse_every=0)]})
+    assert {error.field for error in caught.value.errors} == {
+        f"grids[0].options.{name}" for name in ("rho", "damping", "inverse_every")
+    }
+
+
+@pytest.mark.parametrize("baseline", get_args(config.PairedBaseline))
+def test_a_baselines_options_are_those_of_the_numerics(baseline: str) -> None:
+    options = parse_spec(SMALL_SPEC | {"grids": [grid(baseline)]}).grids[0].options
+    assert tuple(type(options).model_fields) == config.OPTIONS_OF[baseline]
+    assert options.resolved() == config.BaselineOptions()
+
+
+def test_baselines_without_a_partner_are_no_grids() -> None:
+    for baseline in set(get_args(config.Baseline)) - set(get_args(config.PairedBaseline)):
+        with pytest.raises(InvalidInputError, match="one of sgd, rmsprop, adam, kfac, ekfac"):
+            parse_spec(SMALL_SPEC | {"grids": [grid(baseline)]})
+
+
+def test_what_the_numerics_refuse_is_a_field_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the numerics stricter than the spec's own bounds, the error would still name its field."""
+
+    def refuse(self: config.BaselineOptions) -> None:
+        raise ConfigError("betas[1]", self.betas[1], "something else")
+
+    monkeypatch.setattr(config.BaselineOptions, "__post_init__", refuse)
+    with pytest.raises(InvalidInputError) as caught:
+        parse_spec(SMALL_SPEC | {"grids": [grid("adam")]})
+    assert [str(error) for error in caught.value.errors] == [
+        "grids[0].options.betas[1]: got 0.999; allowed: something else"
+    ]
+
+
+def test_a_spec_of_everything_reaches_the_runs() -> None:
+    wide = {"terminal_hessian": "gauss_newton", "factorized": False, "dynamics": "second_order"}
+    adam = grid("adam", betas=[0.8, 0.9], weight_decay=1e-4)
+    document = on_digits(
+        model=CNN | {"hidden": [5], "activation": "gelu", "output": "sigmoid"},
+        loss="mmc",
+        grids=[grid("rmsprop", rho=0.9, second_moment="per_sample"), adam | {"ddpnopt": wide}],
+    )
+    spec = parse_spec(parse_yaml(yaml.safe_dump(document).encode()))
+    baseline, partner = (
+        spec.run_config(0, "baseline", 0.1, None, 0),
+        spec.run_config(1, "ddpnopt", 0.1, 1e-4, 7),
+    )
+    assert baseline.model == config.ModelConfig((5,), "gelu", "cnn", (4, 4), "sigmoid")
+    assert baseline.loss == "mmc"
+    assert baseline.optimizer.options == config.BaselineOptions(rho=0.9, second_moment="per_sample")
+    assert baseline.optimizer.feedback is None
+    assert partner.optimizer.options == config.BaselineOptions(betas=(0.8, 0.9), weight_decay=1e-4)
+    assert partner.optimizer.feedback == config.FeedbackConfig("gauss_newton", False, dynamics="second_order")
+    assert baseline.pack_key() == partner.pack_key()
+    stored = SweepSpec.model_validate(json.loads(json.dumps(spec.model_dump(mode="json"))))
+    assert stored == spec
+    for run in (baseline, partner):
+        assert config.RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+def test_what_an_older_version_stored_reads_as_the_same_spec(small_spec: dict[str, Any]) -> None:
+    stored = SweepSpec.model_validate(STORED_BEFORE)
+    assert stored == parse_spec(small_spec | {"name": "stored before"})
+    run = stored.run_config(0, "ddpnopt", 0.1, 1e-4, 2)
+    assert run.optimizer == config.OptimizerConfig("sgd", "ddpnopt", 0.1, 1e-4, config.FeedbackConfig())
+    before = run.to_dict()
+    del before["optimizer"]["options"], before["optimizer"]["feedback"]["dynamics"]
+    before["model"] = {"hidden": [4], "activation": "tanh"}
+    assert config.RunConfig.from_dict(json.loads(json.dumps(before))) == run
+
+
+def test_a_grid_names_what_it_sets() -> None:
+    document = grid("adam", betas=[0.8, 0.9], eps=1e-6) | {"ddpnopt": {"feedback": False, "safeguard": "psd"}}
+    spec = parse_spec(SMALL_SPEC | {"grids": [document, grid("adam", betas=[0.9, 0.999])]})
+    assert spec.grids[0].setting() == "betas 0.8 0.9, eps 1e-06, safeguard psd, feedback false"
+    assert spec.grids[1].setting() == ""
+
+
+def test_the_schema_tells_each_baseline_its_options() -> None:
+    schema = SweepSpec.model_json_schema()
+    variants = schema["properties"]["grids"]["items"]
+    assert set(variants["discriminator"]["mapping"]) == set(get_args(config.PairedBaseline))
+    for baseline, place in variants["discriminator"]["mapping"].items():
+        reference = schema["$defs"][place.rpartition("/")[2]]["properties"]["options"]["$ref"]
+        options = schema["$defs"][reference.rpartition("/")[2]]
+        assert tuple(options["properties"]) == config.OPTIONS_OF[baseline]
+        assert options["additionalProperties"] is False
