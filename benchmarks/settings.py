@@ -7,29 +7,10 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
-
-from ddpnopt.config import RunConfig
-from service.sweeps.documents import parse_spec, parse_yaml
-from service.sweeps.expand import plan
-from workers.runner import cpu_name
-
-FIG4A: Final = Path(__file__).parent.parent / "examples" / "digits-fig4a-sgd.yaml"
-
-
-def packs_of(path: Path, steps: int | None = None) -> list[list[RunConfig]]:
-    """Return the packs of a spec file as the service plans them, with other `steps` if given."""
-    document = parse_yaml(path.read_bytes())
-    if steps is not None:
-        document["training"]["steps"] = steps
-    spec = parse_spec(document)
-    return [
-        [spec.run_config(run.grid, run.method, run.learning_rate, run.vxx_reg, run.seed) for run in pack]
-        for pack in plan(spec).packs
-    ]
 
 
 def interleaved(sides: Sequence[Callable[[], None]], repeats: int) -> list[float]:
@@ -46,6 +27,16 @@ def interleaved(sides: Sequence[Callable[[], None]], repeats: int) -> list[float
             seconds[repeat, side] = time.perf_counter() - start
     medians: list[float] = np.median(seconds, axis=0).tolist()
     return medians
+
+
+def cpu_name() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def machine() -> dict[str, str]:

@@ -19,7 +19,8 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from benchmarks.settings import FIG4A, machine, packs_of
+from benchmarks.settings import machine
+from benchmarks.specs import FIG4A, packs_of
 from ddpnopt.config import RunConfig
 from ddpnopt.pack.engine import train
 from ddpnopt.results import METRICS, Finished

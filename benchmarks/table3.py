@@ -3,9 +3,9 @@
     DDPSWEEP_DATA=… python -m benchmarks.table3 [--only wine digits] [--cnn] [--seeds 3]
 
 Fully connected nets of `ddpnopt.models.ZOO`; vanilla DDP on MNIST takes a narrower one, since its matrices
-grow with the square of a layer's weights. Settings are sensible, not tuned: the paper's are not published. `--cnn`
-adds the paper's convolutional net on MNIST (about a minute for each method and 100 steps on one core). MNIST
-takes its files from `docs/datasets.md`. Writes out/table3.json; the exit status is 1 if a method stays
+grow with the square of a layer's weights. Settings are sensible, not tuned: the paper's are not published.
+`--cnn` adds the paper's convolutional net on MNIST (minutes for each method on one core). MNIST takes its
+files from where `docs/datasets.md` says. Writes out/table3.json; the exit status is 1 if a method stays
 below 90 % on the test set.
 """
 

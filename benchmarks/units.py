@@ -3,8 +3,8 @@
     python -m benchmarks.units [--seeds 10] [--steps 1500]
 
 DIGITS, FCN 64-10-10-10-10-10, tanh, batch 16. For every variant: in how many of the panel's 16 cells
-DDPNOpt's mean training loss is below SGD's, how many runs diverged, and the losses at learning rate 0.7 over ε. A mean
-is over the runs that did not diverge. Writes out/bench-units.json; `docs/units.md` quotes it.
+DDPNOpt's mean training loss is below SGD's, how many runs diverged, and the losses at learning rate 0.7 over
+ε. A mean is over the runs that did not diverge. Writes out/bench-units.json; `docs/units.md` quotes it.
 """
 
 from __future__ import annotations

@@ -248,6 +248,19 @@ def test_loss_output_and_names():
     assert inspection.layer(-1) is inspection.layers[2]
 
 
+@pytest.mark.parametrize(("loss", "lost"), [("mmc", 0), ("mse", 0), ("cross_entropy", 1)])
+def test_the_prediction_layers_policy_answers_as_many_directions_as_there_are_classes(loss, lost):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).double()
+    inputs, targets = torch.randn(12, 6).double(), torch.arange(12) % 5
+    for _ in range(3):
+        optimizer = DDPNOpt(model, loss, lr=0.1, preconditioner="ekfac", vxx_reg=VXX_REG)
+        spectrum = policy_spectrum(optimizer.inspect(inputs, targets))
+        assert len(spectrum) == 8
+        assert int((spectrum > 1e-12 * spectrum[0]).sum()) == 5 - lost
+        optimizer.step(inputs, targets)
+
+
 # --- Nothing changes ----------------------------------------------------------------------------------------
 
 
@@ -282,9 +295,11 @@ def test_an_inspection_changes_nothing(options, steps):
             optimizer.step(inputs, targets)
         if inspected:
             before, drawn = bits(optimizer), torch.random.get_rng_state()
+            members = optimizer._inner.members
             inspection = optimizer.inspect(inputs, targets)
             inspection.layers[1].K.singular_values(2)
             assert bits(optimizer) == before
+            assert optimizer._inner.members is members
             assert torch.equal(torch.random.get_rng_state(), drawn)
             assert all(p.grad is None for p in own.parameters())
             for part in (inspection.layers[1].inverse.inputs, inspection.layers[1].inverse.scale):
