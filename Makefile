@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DECLARED := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint bench solo soak units table3 numerics image format clean
+.PHONY: help demo serve test lint bench fig3 solo soak units table3 numerics image format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the project's format
 
 bench: $(VENV)/.installed ## time packs against plain PyTorch loops, both in one run
 	$(BIN)/python -m benchmarks.pack
+
+fig3: $(VENV)/.installed ## time and memory of a step against its size (Fig. 3, Table 4): out/fig3.png
+	$(BIN)/python -m benchmarks.fig3
 
 solo: $(VENV)/.installed ## train the 200 runs of Fig. 4a packed and one at a time, compare every bit (minutes)
 	$(BIN)/python -m benchmarks.solo

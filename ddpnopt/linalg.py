@@ -16,20 +16,25 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 def bmm(left: Tensor, right: Tensor) -> Tensor:
     """Multiply matrices pair by pair, (N, m, k) by (N, k, n), by bits that do not depend on N.
 
-    torch.bmm gives a lone product with one row or one column to a matrix-vector kernel, which adds in
-    another order than the kernel for many: a run alone would then differ from the same run in a pack.
+    torch.bmm gives a lone product with one row, one column or one term to another kernel, which rounds
+    otherwise than the kernel for many: a run alone would then differ from the same run in a pack.
     """
-    if left.shape[0] == 1 and 1 in (left.shape[1], right.shape[2]):
+    if _lone_vector(left, right):
         return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
     return torch.bmm(left, right)
 
 
 def baddbmm(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add a product to a bias, (N, 1, n) + (N, m, k) by (N, k, n), by bits that do not depend on N."""
-    if left.shape[0] == 1 and 1 in (left.shape[1], right.shape[2]):
+    if _lone_vector(left, right):
         left, right, bias = (x.expand(2, -1, -1) for x in (left, right, bias))
         return torch.baddbmm(bias, left, right)[:1]
     return torch.baddbmm(bias, left, right)
+
+
+def _lone_vector(left: Tensor, right: Tensor) -> bool:
+    count, rows, inner = left.shape
+    return count == 1 and (rows == 1 or inner == 1 or right.shape[2] == 1)
 
 
 def per_sample_matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -53,9 +58,16 @@ def per_sample_matvec(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def rows_matmul(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply every row of every sample by its run's matrix: (R, B, K, p) by (R, p, q) to (R, B, K, q)."""
-    product = bmm(rows.flatten(1, 2), matrix)
-    return product.reshape(*rows.shape[:3], matrix.shape[-1])
+    """Multiply every row of every sample by its run's matrix: (R, B, K, p) by (R, p, q) to (R, B, K, q).
+
+    The result lies in memory as `rows` do: K rows for each sample, or B samples for each row.
+    """
+    runs, batch, count, _ = rows.shape
+    _, of_sample, of_row, _ = rows.stride()
+    if of_sample < of_row:
+        product = bmm(rows.transpose(1, 2).flatten(1, 2), matrix)
+        return product.view(runs, count, batch, -1).transpose(1, 2)
+    return bmm(rows.flatten(1, 2), matrix).view(runs, batch, count, -1)
 
 
 def solve(system: Tensor, right: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ step of a pack of one run: R = 1 in every shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as hooks
 
 from ddpnopt.config import (
     PRECONDITIONER_OF,
@@ -33,10 +36,10 @@ from ddpnopt.config import Loss as LossName
 from ddpnopt.errors import ConfigError
 from ddpnopt.introspection import Inspection, inspect
 from ddpnopt.layers.losses import LOSSES
-from ddpnopt.layers.modules import Slot, convert
+from ddpnopt.layers.modules import ControlBuffer, Slot, convert
 from ddpnopt.layers.network import Trajectory, rollout
 from ddpnopt.optimizers import Members, make
-from ddpnopt.optimizers.base import Blame, blame, finite_members
+from ddpnopt.optimizers.base import Blame, blame
 from ddpnopt.rates import Rates
 
 DTYPES: Final = (torch.float32, torch.float64)
@@ -81,6 +84,9 @@ class LayerOptimizer(torch.optim.Optimizer):
         super().__init__(groups, dict(zip(GROUP_KEYS, numbers, strict=True)))
         self._group_of = tuple(self._find_group(t, slot) for t, slot in enumerate(self.slots))
         self._rates: dict[tuple[object, ...], Rates] = {}
+        self._rates_from: tuple[object, ...] = ()
+        self._buffer = ControlBuffer(self.network, self.slots)
+        self._first = [slot.parameters[0] for slot in self.slots]
         self._inner = make(Members(config, self.network, self.loss, self._current_rates()))
 
     def _find_group(self, t: int, slot: Slot) -> int:
@@ -117,7 +123,13 @@ class LayerOptimizer(torch.optim.Optimizer):
             def column(value: float) -> Tensor:
                 return torch.full((1, 1, 1), value, dtype=p.dtype, device=p.device)
 
-            self._rates[key] = Rates(column(lr), column(vxx_reg), column(decay) if decay else None, momentum)
+            self._rates[key] = Rates(
+                column(lr),
+                column(vxx_reg),
+                column(decay) if decay else None,
+                momentum,
+                regularised=vxx_reg != 0,
+            )
         return self._rates[key]
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
@@ -136,41 +148,74 @@ class LayerOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: if inputs and targets do not belong together.
         """
-        if len(inputs) != len(targets) or len(inputs) == 0:
+        samples = inputs.shape[0]
+        if samples != targets.shape[0] or samples == 0:
             allowed = "as many targets as inputs, and at least one"
-            raise ConfigError("inputs", f"{len(inputs)} with {len(targets)} targets", allowed)
+            raise ConfigError("inputs", f"{samples} with {targets.shape[0]} targets", allowed)
+        return self._announced(inputs, targets) if self._watched() else self._run(inputs, targets)
+
+    # torch.optim wraps `step` in hooks and a record for the profiler, a tenth of a small net's step. Who is
+    # there to see it still gets it, from `_announced`; to torch, `step` is a function wrapped already.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _watched(self) -> bool:
+        """Return whether a profiler runs or a hook on `step` is registered."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or hooks._global_optimizer_pre_hooks
+            or hooks._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        )
+
+    def _run(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.inference_mode():
             loss = self._step(inputs.unsqueeze(0), targets.unsqueeze(0))
         return loss.clone()
 
+    _announced = torch.optim.Optimizer.profile_hook_step(_run)
+
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        self._inner.members = self._with_rates()
-        controls = [slot.read() for slot in self.slots]
-        trajectory = rollout(self.network, controls, inputs)
-        loss = self.loss.value(trajectory.output, targets).mean()
+        buffer, inner = self._buffer, self._inner
+        buffer.read()
+        self._take_rates()
+        controls = buffer.controls
+        trajectory = rollout(buffer.network, controls, inputs)
+        losses, gradient = self.loss.value_and_gradient(trajectory.output, targets)
+        loss = losses.mean()
         self.status = None
-        if not bool(torch.isfinite(loss)):
-            self.status = _of_forward_pass(inputs, trajectory, float(loss))
-            self.update_norms = (0.0,) * len(controls) if self.track_updates else ()
+        if not math.isfinite(loss.item()):
+            self._leave(_of_forward_pass(inputs, trajectory, loss.item()))
             return loss
-        before = self._inner.state()
+        before = inner.state()
         old = [u.clone() for u in controls] if self.track_updates else []
-        trace = self._inner.step(controls, trajectory, targets)
-        if not bool(finite_members(controls)):
-            self._inner.load_state(before)
-            self.status = blame(trace, 0, 1) or Blame("weights", None, float("nan"))
-            self.update_norms = (0.0,) * len(controls) if self.track_updates else ()
+        trajectory.loss_gradient = gradient
+        trace = inner.step(controls, trajectory, targets)
+        if not buffer.finite():
+            inner.load_state(before)
+            self._leave(blame(trace, 0, 1) or Blame("weights", None, float("nan")))
             return loss
-        for slot, u in zip(self.slots, controls, strict=True):
-            slot.write(u)
+        buffer.write()
         if self.track_updates:
             pairs = zip(controls, old, strict=True)
             self.update_norms = tuple(float(torch.linalg.vector_norm(u - v)) for u, v in pairs)
         return loss
 
-    def _with_rates(self) -> Members:
-        members = self._inner.members
-        return Members(members.config, members.network, members.loss, self._current_rates())
+    def _leave(self, status: Blame) -> None:
+        """Note why the parameters stay as they were."""
+        self.status = status
+        self.update_norms = (0.0,) * len(self.slots) if self.track_updates else ()
+
+    def _take_rates(self) -> None:
+        """Hand the numbers of the parameter groups on, if a scheduler or the user has changed them."""
+        now = (
+            [float(group[key]) for group in self.param_groups for key in GROUP_KEYS],
+            [(p.requires_grad, p.dtype, p.device) for p in self._first],
+        )
+        members, network = self._inner.members, self._buffer.network
+        if now != self._rates_from or members.network is not network:
+            self._rates_from = now
+            self._inner.members = replace(members, network=network, rates=self._current_rates())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parameter groups and what the optimizer remembers, for `load_state_dict`."""

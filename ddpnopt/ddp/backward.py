@@ -83,7 +83,7 @@ class Value(Protocol):
 V = TypeVar("V", bound=Value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Layer:
     """One layer on the nominal trajectory, as the three steps see it.
 
@@ -96,7 +96,7 @@ class Layer:
         rate: η, (R, 1, 1).
         decay_step: η M⁻¹ λu·w, (R, o, ī); None where λ is zero.
         vxx_reg: ε that is added to V_xx before this layer, (R, 1, 1).
-        incoming_reg: ε that the incoming V_xx bears; None at t = T-1, which bears none.
+        incoming_reg: ε that the incoming V_xx bears; None if none, as at t = T-1.
     """
 
     affine: Affine
@@ -243,7 +243,7 @@ class FullForm:
         return gains(Q), value(layer, Q, self.safeguard)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenLoop:
     """A policy without feedback: the first layer's, since δx_0 = 0, and every layer's if Q_ux is dropped."""
 
@@ -349,7 +349,7 @@ def backward_pass(
             rate=rate,
             decay_step=None if decay is None else rate * inverse.apply(decay * u * units.share),
             vxx_reg=rates[t].vxx_reg,
-            incoming_reg=None if t == last else rates[t + 1].vxx_reg,
+            incoming_reg=rates[t + 1].vxx_reg if t < last and rates[t + 1].regularised else None,
         )
         policy, after = form.policy_and_value(layer, after)
         policies.append(policy)

@@ -3,13 +3,13 @@
 A rank-one terminal Hessian stays rank one through the recursion. With z_h = σ_hᵀ z, q_x = g_xᵀ z_h and
 q_u = g_uᵀ z_h,
 
-    c = q_uᵀ Q_uu⁻¹ q_u = z_hᵀ S z_h,   V_x = Q_x - q_x (q_uᵀ Q_uu⁻¹ Q_u),   z ← sqrt(1 - c) q_x      (Eq. 17)
+    c = q_uᵀ Q_uu⁻¹ q_u = z_hᵀ S z_h,   V_x = Q_x - q_x (q_uᵀ Q_uu⁻¹ Q_u),   z ← sqrt(1 - c) q_x    (Eq. 17)
 
 with 1 - c clamped at zero ("clamp"), or, with Q_uu's own Gauss-Newton term kept ("psd"), the second
 term of V_x divided by 1 + c and z ← q_x / sqrt(1 + c).
 
-The factors sqrt(1 - c) are scalars: they are kept apart, as the weight w of V_xx = w ẑ ẑᵀ, and the direction ẑ
-goes back through the layers like a gradient.
+The factors sqrt(1 - c) are scalars: they are kept apart, as the weight w of V_xx = w ẑ ẑᵀ, and the direction
+ẑ goes back through the layers like a gradient.
 
 ε cannot be added to an outer product. The layer that receives this V_xx uses it in its feedback,
 V_hh = z_h z_hᵀ + ε σ_hᵀ σ_h, and ε enters neither c nor the next z: an approximation, equal to the full
@@ -32,17 +32,23 @@ from ddpnopt.layers.base import Jacobian
 from ddpnopt.layers.network import pull_back, push_forward
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OuterProductValue:
     """V_x and ẑ, with V_xx = w ẑ ẑᵀ, as two rows that go through every layer in one product.
 
     Attributes:
-        rows: (R, B, 2, *shape).
+        rows: (R, B, 2, *shape); in memory best V_x of all samples, then ẑ of all: what acts on each sample
+            alike, as a slope does, then runs over long vectors.
         weight: w, broadcastable to (R, B, 1).
     """
 
     rows: Tensor
     weight: Tensor
+
+    @classmethod
+    def of_gradient(cls, V_x: Tensor, weight: Tensor) -> OuterProductValue:
+        """Return the value whose ẑ is V_x (R, B, *shape) itself, as at T."""
+        return cls(torch.stack((V_x, V_x), dim=1).transpose(1, 2), weight)
 
     @property
     def V_x(self) -> Tensor:
@@ -56,7 +62,7 @@ class OuterProductValue:
         return direction * _beside(self.weight.sqrt(), direction)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OuterProductGains:
     """The policy of one layer, A = w ẑ_h q̂_xᵀ + ε σ_hᵀ σ_h g_x.
 
@@ -87,14 +93,14 @@ class OuterProductGains:
         return self._add_feedback(self.V_h, dx)
 
     def _add_feedback(self, base: Tensor, dx: Tensor) -> Tensor:
-        overlap = (self.q_x * dx).flatten(2).sum(dim=-1, keepdim=True) * self.weight
+        overlap = _dot(self.q_x, dx) * self.weight
         response = torch.addcmul(base, self.z_h, _beside(overlap, self.z_h))
         if self.vxx_reg is None:
             return response
         layer = self.layer
         moved = push_forward(layer.jacobians, layer.affine.push_forward(dx, layer.inputs, layer.u))
         damping = pull_back(layer.jacobians, moved.unsqueeze(2)).squeeze(2)
-        return torch.addcmul(response, damping, _beside(self.vxx_reg, damping))
+        return response.addcmul_(damping, _beside(self.vxx_reg, damping))
 
     def factors(self) -> tuple[Tensor, ...]:
         """See `ddpnopt.ddp.backward.Policy`."""
@@ -119,35 +125,42 @@ class OuterProductForm:
         self, layer: Layer, after: OuterProductValue
     ) -> tuple[OuterProductGains, OuterProductValue]:
         """See `ddpnopt.ddp.backward.ValueForm`."""
-        Q_x, q_x = layer.pull_back(after.rows).unbind(dim=2)
         V_h, z_h = after.rows.unbind(dim=2)
-        policy = OuterProductGains(V_h, z_h, q_x, after.weight, layer, layer.incoming_reg)
-        return policy, value(layer, after, Q_x, q_x, self.safeguard)
+        rows = layer.pull_back(after.rows)
+        policy = OuterProductGains(V_h, z_h, rows.select(2, 1), after.weight, layer, layer.incoming_reg)
+        return policy, value(layer, after, rows, self.safeguard)
 
 
-def value(
-    layer: Layer, after: OuterProductValue, Q_x: Tensor, q_x: Tensor, safeguard: Safeguard
-) -> OuterProductValue:
+def value(layer: Layer, after: OuterProductValue, rows: Tensor, safeguard: Safeguard) -> OuterProductValue:
     """Return V_x and z before the layer (Prop. 3).
 
     Args:
         layer: the layer.
         after: V_h, ẑ_h and w.
-        Q_x: (R, B, *inputs).
-        q_x: q̂_x, (R, B, *inputs).
+        rows: Q_x and q̂_x, (R, B, 2, *inputs); Q_x becomes V_x in its place.
         safeguard: how Q_uu is treated.
     """
     c, overlap = layer.contraction().forms(after.rows)
     a = layer.decay_response()
     if a is not None:
-        overlap = overlap + (after.rows.select(2, 1) * a).flatten(2).sum(dim=-1, keepdim=True)
-    c = c * after.weight
-    # Beyond 1 - c = 0 the outer product ends; psd never gets there.
-    damping = torch.reciprocal(1 + c) if safeguard == "psd" else (1 - c).clamp_min(0)
-    weight = after.weight * damping
-    shrink = weight if safeguard == "psd" else after.weight
-    V_x = torch.addcmul(Q_x, q_x, _beside(overlap * shrink, q_x), value=-1)
-    return OuterProductValue(torch.stack((V_x, q_x), dim=2), weight)
+        overlap = overlap + _dot(after.rows.select(2, 1), a)
+    w = after.weight
+    c = c * w
+    if safeguard == "psd":
+        weight = w / (1 + c)
+        shrink = overlap * weight
+    else:
+        # w (1 - c): beyond 1 - c = 0 the outer product ends.
+        weight = torch.addcmul(w, w, c, value=-1).clamp_min_(0)
+        shrink = overlap * w
+    Q_x, q_x = rows.unbind(dim=2)
+    Q_x.addcmul_(q_x, _beside(shrink, q_x), value=-1)
+    return OuterProductValue(rows, weight)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply and add up each sample's entries: (R, B, *shape) twice to (R, B, 1)."""
+    return (left * right).flatten(2).sum(-1, True)
 
 
 def _beside(scalars: Tensor, like: Tensor) -> Tensor:

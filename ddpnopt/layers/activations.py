@@ -19,7 +19,7 @@ from ddpnopt.layers.base import Tape
 Elementwise = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Diagonal:
     """The Jacobian of an elementwise map.
 

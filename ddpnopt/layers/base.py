@@ -22,7 +22,7 @@ from ddpnopt.linalg import FactoredInverse
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tape:
     """What a map's forward pass leaves behind.
 
@@ -128,7 +128,7 @@ class Affine(Protocol):
         ...
 
     def pull_back(self, rows: Tensor, inputs: Tensor, u: Tensor) -> Tensor:
-        """Return g_xᵀ v: (R, B, K, *outputs) to (R, B, K, *shape)."""
+        """Return g_xᵀ v: (R, B, K, *outputs) to (R, B, K, *shape), in memory of its own."""
         ...
 
     def push_forward(self, dx: Tensor, inputs: Tensor, u: Tensor) -> Tensor:

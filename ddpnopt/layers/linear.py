@@ -23,7 +23,7 @@ from ddpnopt.layers.base import Shape
 from ddpnopt.linalg import FactoredInverse
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RankOneContraction:
     """S = U_o diag(s) U_oᵀ of one layer.
 
@@ -46,9 +46,9 @@ class RankOneContraction:
         """See `Contraction.forms`."""
         if self.outputs is not None:
             rows = linalg.rows_matmul(rows, self.outputs)
-        weighted = self.s * rows.select(2, 1)
-        overlap, c = (rows * weighted.unsqueeze(2)).sum(dim=-1, keepdim=True).unbind(dim=2)
-        return c, overlap
+        V_h, z_h = rows.unbind(2)
+        weighted = self.s * z_h
+        return (weighted * z_h).sum(-1, True), (weighted * V_h).sum(-1, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,25 @@ class Linear:
         # narrow and select: plain indexing takes twice as long, and a small net is all overhead.
         return u.narrow(2, 0, u.shape[2] - 1) if self.bias else u
 
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return the view Wᵀ (R, i, o)."""
+        return self.weight(u).mT
+
+    def bias_row(self, u: Tensor) -> Tensor:
+        """Return the view b (R, 1, o)."""
+        return u.select(2, -1).unsqueeze(1)
+
+    def bind(self, u: Tensor) -> BoundLinear:
+        """Return this layer with its views of u taken once, for a u that is updated in place."""
+        b = self.bias_row(u) if self.bias else None
+        return BoundLinear(self.bias, u, self.weight(u), self.transposed(u), b)
+
     def forward(self, inputs: Tensor, u: Tensor) -> Tensor:
         """Return h = x Wᵀ + b: (R, B, i), (R, o, ī) to (R, B, o)."""
         if not self.bias:
-            return linalg.bmm(inputs, u.mT)
-        return linalg.baddbmm(u.select(2, -1).unsqueeze(1), inputs, self.weight(u).mT)
+            return linalg.bmm(inputs, self.transposed(u))
+        # baddbmm starts from a copy of b for every sample: by vector instructions if b lies in one piece.
+        return linalg.baddbmm(self.bias_row(u).contiguous(), inputs, self.transposed(u))
 
     def difference(self, inputs: Tensor, nominal: Tensor) -> Tensor:
         """See `Affine.difference`."""
@@ -102,7 +116,7 @@ class Linear:
 
     def push_forward(self, dx: Tensor, inputs: Tensor, u: Tensor) -> Tensor:
         """Return W δx, (R, B, i) to (R, B, o)."""
-        return linalg.bmm(dx, self.weight(u).mT)
+        return linalg.bmm(dx, self.transposed(u))
 
     def matrix(self, inputs: Tensor, u: Tensor) -> Tensor:
         """Return W, (R, 1, o, i)."""
@@ -117,7 +131,7 @@ class Linear:
         of_weight = linalg.bmm(V_h.mT, inputs)
         if not self.bias:
             return of_weight
-        return torch.cat((of_weight, V_h.sum(dim=1).unsqueeze(-1)), dim=-1)
+        return torch.cat((of_weight, V_h.sum(1).unsqueeze(2)), 2)
 
     def tangent_gradient(self, V_h: Tensor, dx: Tensor, u: Tensor) -> Tensor:
         """Return Σ_b V_h [δx, 0]ᵀ, (R, o, ī)."""
@@ -140,7 +154,7 @@ class Linear:
     ) -> RankOneContraction:
         """See `Affine.contraction`."""
         if inverse.inputs is None and inverse.scale is None:  # s = η|x̄|², the same for every output
-            squares = (inputs * inputs).sum(dim=-1, keepdim=True)
+            squares = (inputs * inputs).sum(-1, True)
             s = torch.addcmul(rate, rate, squares) if self.bias else rate * squares
             return RankOneContraction(s, None)
         x_bar = self.augment(inputs)
@@ -176,3 +190,30 @@ class Linear:
         step = rate.unsqueeze(-1)
         features = self.shape(inputs)[0]
         return step * C[..., :features], step * N[..., :features, :features]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundLinear(Linear):
+    """A fully connected layer that knows its own controls' views. Other controls go the usual way.
+
+    Attributes:
+        u: (R, o, ī).
+        W, W_T, b: its views; b is None without bias.
+    """
+
+    u: Tensor | None = None
+    W: Tensor | None = None
+    W_T: Tensor | None = None
+    b: Tensor | None = None
+
+    def weight(self, u: Tensor) -> Tensor:
+        """See `Linear.weight`."""
+        return self.W if u is self.u and self.W is not None else Linear.weight(self, u)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """See `Linear.transposed`."""
+        return self.W_T if u is self.u and self.W_T is not None else Linear.transposed(self, u)
+
+    def bias_row(self, u: Tensor) -> Tensor:
+        """See `Linear.bias_row`."""
+        return self.b if u is self.u and self.b is not None else Linear.bias_row(self, u)

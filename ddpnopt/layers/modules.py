@@ -6,7 +6,8 @@ one, `register_generic` adds one whose derivatives torch.func takes (see `generi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +28,10 @@ Pair = tuple[int, int]
 
 AFFINE: dict[type[nn.Module], Callable[[nn.Module], Affine]] = {}
 MAPS: dict[type[nn.Module], Callable[[nn.Module], Map | None]] = {}
+ALIGNED: Final = 16
+"""Entries after which each layer's controls start in a buffer: 64 bytes of float32."""
+KEPT_BYTES: Final = 2**25
+"""Freed memory that the process keeps."""
 
 
 class Slot:
@@ -40,39 +45,103 @@ class Slot:
     def __init__(self, parameters: tuple[nn.Parameter, ...], *, columns: bool) -> None:
         self.parameters = parameters
         self.columns = columns
-        self._views: tuple[Tensor, ...] = ()
-        self._places: tuple[int, ...] = ()
+
+    def shape(self) -> tuple[int, int]:
+        """Return (o, ī)."""
+        entries = sum(p.numel() for p in self.parameters)
+        if not self.columns:
+            return 1, entries
+        outputs = len(self.parameters[0])
+        return outputs, entries // outputs
 
     def read(self) -> Tensor:
         """Return a copy of the controls, u (1, o, ī)."""
-        if not self.columns:
-            return torch.cat([view.reshape(-1) for view in self.views()]).reshape(1, 1, -1)
-        weight, *bias = self.views()
-        flat = weight if weight.dim() == 2 else weight.reshape(len(weight), -1)
-        return torch.cat((flat, *(b.unsqueeze(1) for b in bias)), dim=1).unsqueeze(0)
+        first = self.parameters[0]
+        u = torch.empty((1, *self.shape()), dtype=first.dtype, device=first.device)
+        for piece, parameter in zip(self.pieces(u), self.parameters, strict=True):
+            piece.copy_(parameter.detach())
+        return u
 
-    def write(self, u: Tensor) -> None:
-        """Put controls u (1, o, ī) back into the parameters."""
-        views = self.views()
+    def pieces(self, u: Tensor) -> list[Tensor]:
+        """Return the views of u (1, o, ī) that are the parameters, in their shapes."""
         if not self.columns:
-            pieces = u.flatten().split([view.numel() for view in views])
-            for view, piece in zip(views, pieces, strict=True):
-                view.copy_(piece.reshape(view.shape))
-            return
-        weight, *bias = views
-        matrix, columns = u[0], u.shape[2] - len(bias)
-        of_weight = matrix.narrow(1, 0, columns)
-        weight.copy_(of_weight if weight.dim() == 2 else of_weight.reshape(weight.shape))
-        if bias:
-            bias[0].copy_(matrix.select(1, columns))
+            split = u.flatten().split([p.numel() for p in self.parameters])
+            return [part.view(p.shape) for part, p in zip(split, self.parameters, strict=True)]
+        weight, *bias = self.parameters
+        columns = u.shape[2] - len(bias)
+        return [u[0, :, :columns].unflatten(1, weight.shape[1:]), *(u[0, :, columns] for _ in bias)]
 
-    def views(self) -> tuple[Tensor, ...]:
-        """Return the parameters without their autograd, made anew only when they have moved."""
-        places = tuple(p.data_ptr() for p in self.parameters)
+
+class ControlBuffer:
+    """The controls of all layers side by side, and the way between them and the parameters.
+
+    Attributes:
+        controls: u_t of t = 0..T-1, each (1, o, ī), views of one buffer.
+        network: the layers, which know these controls' views.
+    """
+
+    controls: list[Tensor]
+    network: Network
+
+    def __init__(self, network: Network, slots: Sequence[Slot]) -> None:
+        self.network = network
+        self._slots = slots
+        self._all = [p for slot in slots for p in slot.parameters]
+        self._places: tuple[int, ...] = ()
+
+    def read(self) -> None:
+        """Copy the parameters in."""
+        places = tuple([p.data_ptr() for p in self._all])
         if places != self._places:
-            self._views = tuple(p.detach() for p in self.parameters)
+            self._bind()
             self._places = places
-        return self._views
+        torch._foreach_copy_(self._pieces, self._parameters)
+
+    def write(self) -> None:
+        """Copy the controls out into the parameters."""
+        torch._foreach_copy_(self._parameters, self._pieces)
+
+    def finite(self) -> bool:
+        """Return whether all controls are finite numbers."""
+        # A sum costs one pass; only where it is not finite, which large numbers can do too, look at each.
+        return math.isfinite(self._buffer.sum().item()) or bool(torch.isfinite(self._buffer).all())
+
+    def _bind(self) -> None:
+        """Make the buffer and the views anew: the parameters have moved, to another device say."""
+        first = self._all[0]
+        if first.device.type == "cpu":
+            _keep_freed_memory()
+        # As aligned as tensors of their own would be: products then have the same bits.
+        starts, end = [], 0
+        for slot in self._slots:
+            starts.append(end)
+            end += -(-math.prod(slot.shape()) // ALIGNED) * ALIGNED
+        self._buffer = torch.zeros(end, dtype=first.dtype, device=first.device)
+        self.controls = [
+            self._buffer.narrow(0, start, math.prod(slot.shape())).view(1, *slot.shape())
+            for slot, start in zip(self._slots, starts, strict=True)
+        ]
+        self._pieces = [
+            piece for slot, u in zip(self._slots, self.controls, strict=True) for piece in slot.pieces(u)
+        ]
+        self._parameters = [p.detach() for p in self._all]
+        self.network = Network(
+            self.network.before,
+            tuple(
+                Stage(stage.affine.bind(u), stage.sigma) if isinstance(stage.affine, Linear) else stage
+                for stage, u in zip(self.network.stages, self.controls, strict=True)
+            ),
+        )
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep what a step frees for the next one.
+
+    Its allocator hands freed memory back to the system from 256 KiB on, and a step at batch 512 spends a
+    third of its time on page faults. The limit grows to twice the largest block that was mapped and freed;
+    this one is never touched, so that it costs no memory. Elsewhere it does nothing.
+    """
+    torch.empty(KEPT_BYTES // 2, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,20 +207,23 @@ def convert(model: nn.Sequential) -> Converted:
         ConfigError: for a module that is not supported or used twice, for a model without a layer that has
             parameters, or for a model that is no nn.Sequential.
     """
-    if not isinstance(model, nn.Sequential):
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         raise ConfigError("model", type(model).__name__, "an nn.Sequential of " + supported())
     before: list[Map] = []
     stages: list[tuple[Affine, list[Map]]] = []
-    slots, names, seen = [], [], set()
+    slots: list[Slot] = []
+    names: list[str] = []
+    seen: set[nn.Parameter] = set()
     for name, module in _leaves(model, ""):
         made = _layer(name, module)
         if made[1] is None:
             if made[0] is not None:
                 (stages[-1][1] if stages else before).append(made[0])
             continue
-        if id(module) in seen:
-            raise ConfigError("model", f"{name} a second time", "each layer once: layers share no parameters")
-        seen.add(id(module))
+        if not seen.isdisjoint(made[1].parameters):
+            allowed = "each layer once: layers share no parameters"
+            raise ConfigError(f"model.{name}", "a layer's parameters a second time", allowed)
+        seen.update(made[1].parameters)
         stages.append((made[0], []))
         slots.append(made[1])
         names.append(name)
@@ -162,7 +234,9 @@ def convert(model: nn.Sequential) -> Converted:
 
 
 def _leaves(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_children():
+    # Not named_children, which leaves out what comes a second time, such as an activation used twice.
+    for name, module in model._modules.items():
+        assert module is not None
         if type(module) is nn.Sequential:
             yield from _leaves(module, f"{prefix}{name}.")
         else:
@@ -175,7 +249,7 @@ Made = tuple[Affine, Slot] | tuple[Map | None, None]
 def _layer(name: str, module: nn.Module) -> Made:
     kind = type(module)
     if kind in AFFINE:
-        return AFFINE[kind](module), Slot(tuple(module.parameters()), columns=True)
+        return AFFINE[kind](module), Slot(_weight_and_bias(name, module), columns=True)
     if kind in MAPS:
         return MAPS[kind](module), None
     if kind not in GENERIC:
@@ -183,8 +257,18 @@ def _layer(name: str, module: nn.Module) -> Made:
         raise ConfigError(f"model.{name}", kind.__name__, allowed)
     parameters = tuple(module.parameters())
     if not parameters:
-        return FunctionMap(module), None
+        return FunctionMap(lambda x: module(x.clone())), None  # clone: some work in place
     return FunctionAffine(_function(module)), Slot(parameters, columns=False)
+
+
+def _weight_and_bias(name: str, module: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Return what makes up u = [weight, bias]."""
+    held = dict(module.named_parameters())
+    found = tuple(held.pop(key) for key in ("weight", "bias") if key in held)
+    if held or not found or found[0] is not module.weight:
+        allowed = "a weight and perhaps a bias (none that pruning or normalisation puts together)"
+        raise ConfigError(f"model.{name}", ", ".join(dict(module.named_parameters())), allowed)
+    return found
 
 
 def _function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -194,7 +278,7 @@ def _function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     def call(x: Tensor, controls: Tensor) -> Tensor:
         pieces = controls.split([shape.numel() for shape in shapes.values()])
         state = {n: p.reshape(s) for (n, s), p in zip(shapes.items(), pieces, strict=True)}
-        output: Tensor = functional_call(module, state, (x.unsqueeze(0),))
+        output: Tensor = functional_call(module, state, (x.unsqueeze(0).clone(),))
         return output.squeeze(0)
 
     return call
@@ -237,6 +321,8 @@ def _conv(module: nn.Module) -> Conv2d:
 
 def _max_pool(module: nn.Module) -> MaxPool2d:
     assert isinstance(module, nn.MaxPool2d)
+    if module.return_indices:
+        raise ConfigError("MaxPool2d.return_indices", True, "False")
     return MaxPool2d(
         _pair("kernel_size", module.kernel_size),
         _pair("stride", module.stride),

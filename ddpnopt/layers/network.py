@@ -42,7 +42,7 @@ class Network:
     stages: tuple[Stage, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Trajectory:
     """What one forward pass leaves behind for the backward pass.
 
@@ -50,11 +50,13 @@ class Trajectory:
         inputs: x_t of t = 0..T-1 as `Affine.prepare` returned it, each (R, B, …).
         tapes: of the maps of σ_t, t = 0..T-1.
         output: x_T, (R, B, n_T).
+        loss_gradient: ∇φ at x_T, (R, B, n_T), where it came with the loss; else None.
     """
 
     inputs: tuple[Tensor, ...]
     tapes: tuple[tuple[Tape, ...], ...]
     output: Tensor
+    loss_gradient: Tensor | None = None
 
     def members(self, part: slice) -> Trajectory:
         """Return the trajectory of some runs of the pack, as views."""
@@ -84,7 +86,7 @@ def rollout(network: Network, controls: Controls, x: Tensor) -> Trajectory:
         kept = []
         for layer in stage.sigma:
             y, keep = layer.forward(x)
-            kept.append(Tape(keep, tuple(x.shape[2:]), tuple(y.shape[2:])))
+            kept.append(Tape(keep, x.shape[2:], y.shape[2:]))
             x = y
         inputs.append(prepared)
         tapes.append(tuple(kept))
@@ -101,7 +103,7 @@ def predict(network: Network, controls: Controls, x: Tensor) -> Tensor:
 
 def linearise(stage: Stage, tapes: Sequence[Tape]) -> tuple[Jacobian, ...]:
     """Return the Jacobians of σ_t's maps on their trajectory, in the order of the maps."""
-    return tuple(layer.jacobian(tape) for layer, tape in zip(stage.sigma, tapes, strict=True))
+    return tuple([layer.jacobian(tape) for layer, tape in zip(stage.sigma, tapes, strict=True)])
 
 
 def again(stage: Stage, h: Tensor, tapes: Sequence[Tape]) -> Tensor:

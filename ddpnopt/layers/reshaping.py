@@ -82,8 +82,8 @@ class Dropout:
         """See `Map.forward`. The mask comes from torch's global generator."""
         if not self.training() or self.p == 0:
             return x, None
-        mask = torch.zeros_like(x) if self.p == 1 else (torch.rand_like(x) >= self.p) / (1 - self.p)
-        mask = mask.to(x.dtype)
+        kept = (torch.rand_like(x) >= self.p).to(x.dtype)
+        mask = kept if self.p == 1 else kept / (1 - self.p)
         return x * mask, mask
 
     def again(self, x: Tensor, tape: Tape) -> Tensor:

@@ -170,7 +170,9 @@ def test_a_net_maps_as_torch_does(name):
     model, (inputs, _) = model_of(name)
     converted = convert(model)
     controls = [slot.read() for slot in converted.slots]
-    assert_close(predict(converted.network, controls, inputs.unsqueeze(0))[0], model(inputs).detach(), 1e-13, "output")
+    assert_close(
+        predict(converted.network, controls, inputs.unsqueeze(0))[0], model(inputs).detach(), 1e-13, "output"
+    )
 
 
 @pytest.mark.parametrize("name", NETS)
