@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.settings import interleaved, machine, save
 from ddpnopt import BaselineOptimizer, DDPNOpt
 from ddpnopt.errors import ConfigError
+from ddpnopt.layers.modules import KEPT_BYTES
 
 WIDE: Final = (784, 32, 32, 32, 32, 10)
 NARROW: Final = (64, 8, 8, 8, 8, 10)
@@ -174,7 +175,7 @@ def peak_bytes(task: tuple[str, Sequence[int], int, str]) -> int | None:
         events = json.loads(trace.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
     # The buffer that is never written to (`modules.KEPT_BYTES`) is no memory.
-    return int(np.cumsum([change for _, change in changes if abs(change) < 2**24]).max())
+    return int(np.cumsum([change for _, change in changes if abs(change) != KEPT_BYTES // 2]).max())
 
 
 def exponents(device: str, repeats: int) -> dict[str, dict[str, float]]:

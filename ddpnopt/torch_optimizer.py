@@ -11,7 +11,7 @@ step of a pack of one run: R = 1 in every shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
 
@@ -81,13 +81,57 @@ class LayerOptimizer(torch.optim.Optimizer):
             config.options.momentum,
         )
         groups = [{"params": list(model.parameters())}] if param_groups is None else list(param_groups)
+        self._complete = False
         super().__init__(groups, dict(zip(GROUP_KEYS, numbers, strict=True)))
+        self._complete = True
+        self._config = config
+        self._held = list(_held(model))
+        self._first = [slot.parameters[0] for slot in self.slots]
+        self._check_groups()
         self._group_of = tuple(self._find_group(t, slot) for t, slot in enumerate(self.slots))
         self._rates: dict[tuple[object, ...], Rates] = {}
         self._rates_from: tuple[object, ...] = ()
         self._buffer = ControlBuffer(self.network, self.slots)
-        self._first = [slot.parameters[0] for slot in self.slots]
         self._inner = make(Members(config, self.network, self.loss, self._current_rates()))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the layers of a model are known from the start.
+
+        Raises:
+            ConfigError: always, once the optimizer is made.
+        """
+        if self._complete:
+            allowed = "the groups that the optimizer was made with (param_groups)"
+            raise ConfigError("param_groups", "one more", allowed)
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse: a copy would go on training the model that it was made for.
+
+        Raises:
+            ConfigError: always.
+        """
+        allowed = "a new optimizer over the copied model, and load_state_dict"
+        raise ConfigError("optimizer", "a copy", allowed)
+
+    def _check_groups(self) -> None:
+        """Refuse what is not the model's, and numbers that the optimizer could not have been made with."""
+        own = {p for slot in self.slots for p in slot.parameters}
+        config, known = self._config, {"params", "param_names", "initial_lr", *GROUP_KEYS}
+        for group in self.param_groups:
+            if not own.issuperset(group["params"]):
+                raise ConfigError("param_groups", "a parameter", "parameters of the model")
+            if unknown := set(group) - known:
+                raise ConfigError("param_groups", sorted(unknown), ", ".join(GROUP_KEYS))
+            momentum, decay = float(group["momentum"]), float(group["weight_decay"])
+            replace(
+                config,
+                learning_rate=float(group["lr"]) or 1.0,  # zero holds a layer still
+                vxx_reg=None if config.vxx_reg is None else float(group["vxx_reg"]),
+                options=replace(config.options, momentum=momentum, weight_decay=decay),
+            )
+        if len(kinds := {(str(p.dtype), str(p.device)) for p in own}) != 1:
+            raise ConfigError("dtype", sorted(kinds), "one type on one device for all layers")
 
     def _find_group(self, t: int, slot: Slot) -> int:
         """Return which parameter group holds a layer's parameters."""
@@ -121,7 +165,7 @@ class LayerOptimizer(torch.optim.Optimizer):
                 self._rates.clear()
 
             def column(value: float) -> Tensor:
-                return torch.full((1, 1, 1), value, dtype=p.dtype, device=p.device)
+                return torch.full((1, 1, 1), value, dtype=torch.float64).to(p.device, p.dtype)
 
             self._rates[key] = Rates(
                 column(lr),
@@ -146,8 +190,13 @@ class LayerOptimizer(torch.optim.Optimizer):
             The mean loss over the batch before the update, a scalar.
 
         Raises:
-            ConfigError: if inputs and targets do not belong together.
+            ConfigError: if inputs and targets do not belong together, or if parameters or modules of the
+                model have been replaced.
         """
+        for held, items in self._held:
+            if len(held) != len(items) or any(held[name] is not value for name, value in items):
+                allowed = "the modules and parameters that the optimizer was made with"
+                raise ConfigError("model", "other modules or parameters", allowed)
         samples = inputs.shape[0]
         if samples != targets.shape[0] or samples == 0:
             allowed = "as many targets as inputs, and at least one"
@@ -165,7 +214,7 @@ class LayerOptimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
             or hooks._global_optimizer_pre_hooks
             or hooks._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+            or getattr(torch.autograd, "_profiler_enabled", bool)()
         )
 
     def _run(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -181,6 +230,9 @@ class LayerOptimizer(torch.optim.Optimizer):
         self._take_rates()
         controls = buffer.controls
         trajectory = rollout(buffer.network, controls, inputs)
+        if targets.is_floating_point() and targets.shape != trajectory.output.shape:
+            allowed = f"shape {tuple(trajectory.output.shape[1:])}, that of the outputs"
+            raise ConfigError("targets", tuple(targets.shape[1:]), allowed)
         losses, gradient = self.loss.value_and_gradient(trajectory.output, targets)
         loss = losses.mean()
         self.status = None
@@ -190,10 +242,14 @@ class LayerOptimizer(torch.optim.Optimizer):
         before = inner.state()
         old = [u.clone() for u in controls] if self.track_updates else []
         trajectory.loss_gradient = gradient
-        trace = inner.step(controls, trajectory, targets)
-        if not buffer.finite():
+        try:
+            trace = inner.step(controls, trajectory, targets)
+        except Exception:
             inner.load_state(before)
+            raise
+        if not buffer.finite():
             self._leave(blame(trace, 0, 1) or Blame("weights", None, float("nan")))
+            inner.load_state(before)
             return loss
         buffer.write()
         if self.track_updates:
@@ -214,12 +270,18 @@ class LayerOptimizer(torch.optim.Optimizer):
         )
         members, network = self._inner.members, self._buffer.network
         if now != self._rates_from or members.network is not network:
+            if self._rates_from and now[1] != self._rates_from[1]:  # the model has moved, or changed its type
+                self._inner.load_state(_copied(self._inner.state(), self._first[0]))
             self._rates_from = now
             self._inner.members = replace(members, network=network, rates=self._current_rates())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parameter groups and what the optimizer remembers, for `load_state_dict`."""
-        return super().state_dict() | {"layers": _copied(self._inner.state())}
+        return super().state_dict() | {"layers": _copied(self._inner.state()), "of": self._kind()}
+
+    def _kind(self) -> dict[str, Any]:
+        """Return what an optimizer must share with the one whose state it takes."""
+        return {"baseline": self._config.baseline, "shapes": [list(slot.shape()) for slot in self.slots]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned, on the device and in the type of the parameters.
@@ -227,9 +289,12 @@ class LayerOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: if it comes from another kind of optimizer.
         """
-        if "layers" not in state_dict:
-            raise ConfigError("state_dict", sorted(state_dict), "what state_dict of this class returned")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "layers"})
+        if "layers" not in state_dict or state_dict.get("of") != self._kind():
+            allowed = f"what state_dict returned for {self._kind()}"
+            raise ConfigError("state_dict", state_dict.get("of", sorted(state_dict)), allowed)
+        if state_dict["layers"].keys() != self._inner.state().keys():
+            raise ConfigError("state_dict", sorted(state_dict["layers"]), ", ".join(self._inner.state()))
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("layers", "of")})
         like = self.slots[0].parameters[0]
         self._inner.load_state(_copied(state_dict["layers"], like))
 
@@ -336,6 +401,18 @@ class BaselineOptimizer(LayerOptimizer):
     ) -> None:
         config = OptimizerConfig(name, "baseline", float(lr), options=options)
         super().__init__(model, config, loss, param_groups, track_updates=track_updates)
+
+
+Held = tuple[Mapping[str, object], list[tuple[str, object]]]
+
+
+def _held(module: nn.Module) -> Iterator[Held]:
+    """List the modules and parameters in a model: each table, and what is in it now."""
+    for table in (module._modules, module._parameters):
+        yield table, list(table.items())
+    for child in module._modules.values():
+        if child is not None:
+            yield from _held(child)
 
 
 def _of_forward_pass(inputs: Tensor, trajectory: Trajectory, loss: float) -> Blame:

@@ -111,7 +111,10 @@ class Blame:
 def blame(trace: Trace, row: int, members: int) -> Blame | None:
     """Find the first quantity of a member's update that is not finite; None if all are."""
     for quantity in trace():
-        values = quantity.values.unflatten(0, (members, -1))[row]
+        values = quantity.values
+        if len(values) == 1:  # the same for all members
+            values = values.expand(members, *values.shape[1:])
+        values = values.unflatten(0, (members, -1))[row]
         bad = values[~torch.isfinite(values)]
         if len(bad):
             place = "" if quantity.layer is None else f" of layer {quantity.layer}"

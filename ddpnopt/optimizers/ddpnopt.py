@@ -57,10 +57,11 @@ class DDPNOpt:
                 yield Quantity(t, "V_x", sweep.policies[t].V_h)
                 for factor in sweep.policies[t].factors():
                     yield Quantity(t, "V_xx", factor)
-            for t, part in inverses(descent.preconditioner, layers):
-                yield Quantity(t, "M", part)
-            for t, direction in enumerate(directions):
+                for _, part in inverses(descent.preconditioner, [t]):
+                    yield Quantity(t, "M", part)
+            for t, (direction, u) in enumerate(zip(directions, controls, strict=True)):
                 yield Quantity(t, "Q_u + Q_ux δx", direction)
+                yield Quantity(t, "u", u)
 
         return trace
 

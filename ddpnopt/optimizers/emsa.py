@@ -76,6 +76,8 @@ class EMSA:
                 yield Quantity(t - 1, "p", p[t - 1])
             for t, minimum in enumerate(minima):
                 yield Quantity(t, "u*", minimum)
+            for t, u in enumerate(controls):
+                yield Quantity(t, "u", u)
 
         return trace
 

@@ -50,6 +50,8 @@ class Preconditioned:
                 yield Quantity(t, "J_u", gradient)
             for t, part in inverses(preconditioner, layers):
                 yield Quantity(t, "M", part)
+            for t in layers:
+                yield Quantity(t, "u", controls[t])
 
         return trace
 

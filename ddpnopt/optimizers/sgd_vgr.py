@@ -63,7 +63,7 @@ class SGDVGR(Preconditioned):
             self.descent.update(t, u, gradient, members.rates[t])
 
         def trace() -> Iterator[Quantity]:
-            return iter(found)
+            return iter([*found, *(Quantity(t, "u", u) for t, u in enumerate(controls))])
 
         return trace
 

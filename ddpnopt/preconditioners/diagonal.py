@@ -56,7 +56,7 @@ class RMSprop(_Diagonal):
     def observe(self, t: int, batch: LayerBatch) -> None:
         """See `Preconditioner.observe`."""
         v = self.average(t, batch, self.options.rho)
-        self._inverse[t] = (torch.sqrt(v) + self.options.eps).reciprocal()
+        self._inverse[t] = _reciprocal(torch.sqrt(v) + self.options.eps)
 
     def precondition(self, t: int, direction: Tensor) -> Tensor:
         """See `Preconditioner.precondition`."""
@@ -73,7 +73,7 @@ class Adam(_Diagonal):
         entries = self.layer(t)
         entries["step"] = entries.get("step", 0) + 1
         corrected = torch.sqrt(v / (1 - beta2 ** entries["step"]))
-        self._inverse[t] = (corrected + self.options.eps).reciprocal()
+        self._inverse[t] = _reciprocal(corrected + self.options.eps)
 
     def precondition(self, t: int, direction: Tensor) -> Tensor:
         """See `Preconditioner.precondition`."""
@@ -83,3 +83,8 @@ class Adam(_Diagonal):
         entries["m"] = new if "m" not in entries else beta1 * entries["m"] + new
         step: Tensor = entries["m"] * self._inverse[t] / (1 - beta1 ** entries["step"])
         return step
+
+
+def _reciprocal(M: Tensor) -> Tensor:
+    # NaN where M is infinite: zero would hold its entry of u for good.
+    return torch.where(torch.isinf(M), torch.nan, M.reciprocal())

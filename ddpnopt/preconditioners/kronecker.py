@@ -33,7 +33,13 @@ class _Kronecker(Memory):
         entries["outputs"] = running_average(entries.get("outputs"), outputs, decay)
         step = entries.get("step", 0)
         entries["step"], entries["runs"] = step + 1, len(batch.u)
-        return bool(step % self.options.inverse_every == 0)
+        if step % self.options.inverse_every == 0:
+            return True
+        # What was made of older factors does not outlive factors that are gone.
+        for factor, root in ((inputs, "U_i"), (outputs, "U_o")):
+            finite = torch.isfinite(factor).flatten(1).all(dim=1).reshape(-1, 1, 1)
+            entries[root] = torch.where(finite, entries[root], torch.nan)
+        return False
 
     def inverse(self, t: int) -> FactoredInverse:
         """See `Preconditioner.inverse`."""
@@ -80,7 +86,8 @@ class EKFAC(_Kronecker):
             entries["U_o"] = eigenvectors(entries["outputs"])
         square = batch.mean_square(FactoredInverse(entries["U_i"], entries["U_o"]))
         entries["moments"] = running_average(entries.get("moments"), square, self.options.factor_decay)
-        entries["scale"] = (entries["moments"] + self.options.damping).reciprocal()
+        M = entries["moments"] + self.options.damping
+        entries["scale"] = torch.where(torch.isinf(M), torch.nan, M.reciprocal())
 
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:

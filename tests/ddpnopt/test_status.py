@@ -41,7 +41,6 @@ NAN, INF = float("nan"), float("inf")
 
 every_preconditioner = pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 every_form = pytest.mark.parametrize("form", FORMS)
-not_yet = pytest.mark.xfail(strict=True, reason="promised, and not kept yet")
 
 
 def train(optimizer: LayerOptimizer, data: list[Batch]) -> None:
@@ -96,11 +95,7 @@ def test_inputs_that_are_not_finite(kind, number, preconditioner, warm):
 
 @pytest.mark.parametrize(
     ("preconditioner", "warm"),
-    [
-        pytest.param(name, warm, marks=not_yet if name.endswith("kfac") and not warm else [])
-        for name in PRECONDITIONERS
-        for warm in (False, True)
-    ],
+    [(name, warm) for name in PRECONDITIONERS for warm in (False, True)],
 )
 def test_an_infinity_that_saturates_is_seen_in_the_update(preconditioner, warm):
     """tanh(inf) is 1 and the loss is finite, but 0 · inf in the gradient is not."""
@@ -159,7 +154,6 @@ def dead_unit(model: nn.Sequential) -> None:
         model[2].weight[0], model[2].bias[0] = 0, -1
 
 
-@not_yet
 @pytest.mark.parametrize("warm", [False, True], ids=["at first", "later"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_singular_factor_of_kfac_is_named(layer, warm):
@@ -181,7 +175,6 @@ def test_a_singular_factor_of_kfac_is_named(layer, warm):
         train(optimizer, [good])
 
 
-@not_yet
 @pytest.mark.parametrize("warm", [False, True], ids=["at first", "later"])
 @pytest.mark.parametrize("preconditioner", ["kfac", "ekfac"])
 def test_second_moments_that_overflow_are_named(preconditioner, warm):
@@ -195,10 +188,7 @@ def test_second_moments_that_overflow_are_named(preconditioner, warm):
     train(optimizer, [good])
 
 
-@pytest.mark.parametrize(
-    "preconditioner",
-    [*(pytest.param(name, marks=not_yet) for name in ("rmsprop", "adam", "kfac")), "ekfac"],
-)
+@pytest.mark.parametrize("preconditioner", ["rmsprop", "adam", "kfac", "ekfac"])
 @pytest.mark.parametrize("feedback", [True, False])
 def test_a_second_moment_that_overflows_is_not_kept(preconditioner, feedback):
     """It would never be finite again: M⁻¹ zero in RMSprop and Adam, every later step refused in KFAC."""
@@ -215,7 +205,6 @@ def test_a_second_moment_that_overflows_is_not_kept(preconditioner, feedback):
     assert all(bool((p != q).all()) for p, q in zip(weights(model), before, strict=True))
 
 
-@not_yet
 def test_moments_along_the_eigenvectors_that_overflow_are_not_kept():
     """The squares of activations and of gradients are finite, those of their products are not."""
     torch.manual_seed(0)
@@ -254,11 +243,10 @@ EXPLODING: dict[str, dict[str, Any]] = {
 SPAN = 3e38
 
 
-def cases() -> list[Any]:
-    named = [
+def cases() -> list[tuple[str, str]]:
+    return [
         (name, form) for name in PRECONDITIONERS for form in FORMS if (name, form) != ("adam", "open_loop")
     ]
-    return [pytest.param(*case, marks=not_yet if case[1] == "open_loop" else []) for case in named]
 
 
 @pytest.mark.parametrize(
@@ -315,14 +303,7 @@ def test_a_division_by_zero_is_named(preconditioner, feedback, warm):
     train(optimizer, [good])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("sgd_vgr", "vanilla_ddp") else not_yet)
-        for name in get_args(Baseline)
-        if name not in ("adam", "emsa")
-    ],
-)
+@pytest.mark.parametrize("name", [name for name in get_args(Baseline) if name not in ("adam", "emsa")])
 def test_a_baselines_step_that_explodes_is_not_taken(name):
     model = fcn(SINGLE, activation=nn.ReLU)
     inputs, targets = batches(1, dtype=SINGLE)[0]
@@ -338,7 +319,6 @@ def test_a_baselines_step_that_explodes_is_not_taken(name):
     train(optimizer, [(inputs, targets)])
 
 
-@not_yet
 def test_a_rate_beyond_the_numbers_is_a_step_too_long():
     model = fcn(SINGLE)
     optimizer = training.ddpnopt(model, lr=0.1)
@@ -461,14 +441,7 @@ def overflowing() -> list[Any]:
         elif optimizer.method == "baseline":
             quantities = ["Q_uu of layer 1"] if optimizer.baseline == "vanilla_ddp" else ["batch_loss"]
             step = 3 if optimizer.baseline == "vanilla_ddp" else 4
-        kronecker = optimizer.baseline in ("kfac", "ekfac")
-        kept = kronecker != (optimizer.method == "ddpnopt") and name not in (
-            "rmsprop-baseline",
-            "adam-baseline",
-        )
-        kept = kept or optimizer.baseline in ("sgd", "sgd_vgr", "vanilla_ddp")
-        marks = [] if kept and not name.endswith("outer_product") else not_yet
-        found.append(pytest.param(optimizer, quantities, step, id=name, marks=marks))
+        found.append(pytest.param(optimizer, quantities, step, id=name))
     return found
 
 
@@ -495,16 +468,7 @@ def test_a_member_that_overflows_is_alone_in_that(optimizer, quantities, step):
     assert (diverged.state, diverged.steps) == ("diverged", 3)
 
 
-UNNAMED = ("rmsprop-baseline", "kfac-baseline", "ekfac-baseline")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=not_yet if name.endswith("outer_product") or name in UNNAMED else [])
-        for name in EVERY
-    ],
-)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_member_with_a_rate_too_large_is_alone_in_that(name):
     optimizer = EVERY[name]
     runs = three(optimizer)
@@ -521,7 +485,7 @@ def test_a_member_with_a_rate_too_large_is_alone_in_that(name):
     assert divergence.quantity == "batch_loss" or re.search(r" of layer [01]$", divergence.quantity)
 
 
-@pytest.mark.parametrize("without", ["outer_product", pytest.param("nothing", marks=not_yet)])
+@pytest.mark.parametrize("without", ["outer_product", "nothing"])
 def test_all_groups_lose_a_member_at_once(without):
     """Every optimizer in one pack, and one of each poisoned."""
     chosen = [optimizer for name, optimizer in EVERY.items() if not name.endswith(without)]

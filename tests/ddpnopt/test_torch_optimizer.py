@@ -41,7 +41,6 @@ from tests.ddpnopt.training import (
 )
 
 every_preconditioner = pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-not_yet = pytest.mark.xfail(strict=True, reason="promised, and not kept yet")
 every_form = pytest.mark.parametrize("form", FORMS)
 every_model = pytest.mark.parametrize("kind", MODELS)
 
@@ -212,7 +211,6 @@ def test_hooks_are_called():
     assert all(args[-2] is batch[0] and args[-1] is batch[1] for _, args in calls)
 
 
-@not_yet
 @pytest.mark.parametrize("preconditioner", ["identity", "kfac"])
 @pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
 def test_a_copy_works_or_is_refused(copied, preconditioner):
@@ -536,7 +534,6 @@ def test_a_parameter_belongs_in_one_group():
         DDPNOpt(model, lr=0.1, param_groups=[{"params": list(model.parameters())}] * 2)
 
 
-@not_yet
 def test_a_parameter_of_another_model_is_refused():
     model = fcn()
     groups = [{"params": [*model.parameters(), nn.Parameter(torch.ones(2))]}]
@@ -544,7 +541,6 @@ def test_a_parameter_of_another_model_is_refused():
         DDPNOpt(model, lr=0.1, param_groups=groups)
 
 
-@not_yet
 def test_a_group_added_later_is_refused():
     """All layers have their group already, and nothing else could be trained."""
     optimizer = DDPNOpt(fcn(), lr=0.1)
@@ -553,7 +549,6 @@ def test_a_group_added_later_is_refused():
     assert len(optimizer.param_groups) == 1
 
 
-@not_yet
 @pytest.mark.parametrize(
     "number", [{"lr": -1.0}, {"vxx_reg": float("nan")}, {"momentum": 1.5}, {"weight_decay": -1}]
 )
@@ -563,7 +558,6 @@ def test_a_groups_numbers_are_checked_as_the_optimizers_are(number):
         DDPNOpt(model, lr=0.1, param_groups=split(model, **number))
 
 
-@not_yet
 def test_a_group_cannot_have_what_belongs_to_the_optimizer():
     model = fcn()
     with pytest.raises(ConfigError):
@@ -670,13 +664,7 @@ def foreign_states() -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("torch's adam", "nothing", "no layers") else not_yet)
-        for name in foreign_states()
-    ],
-)
+@pytest.mark.parametrize("name", foreign_states())
 def test_a_foreign_state_is_refused(name):
     """With everything as it was."""
     state = foreign_states()[name]()
@@ -767,11 +755,7 @@ def test_a_model_may_be_converted_before_the_first_step(preconditioner, first):
     ("preconditioner", "first", "other"),
     [
         *((name, torch.float32, torch.float64) for name in PRECONDITIONERS),
-        ("identity", torch.float64, torch.float32),
-        *(
-            pytest.param(name, torch.float64, torch.float32, marks=not_yet)
-            for name in ("rmsprop", "adam", "kfac", "ekfac")
-        ),
+        *((name, torch.float64, torch.float32) for name in PRECONDITIONERS),
     ],
 )
 def test_a_model_converted_later_trains_on_or_is_refused(preconditioner, first, other):
@@ -824,7 +808,6 @@ def swap_activation(model: nn.Sequential) -> None:
     model[1] = nn.ReLU()
 
 
-@not_yet
 @pytest.mark.parametrize(
     "change", [replace_module, replace_parameter, assign_state, append_module, swap_activation]
 )
@@ -905,7 +888,6 @@ def test_half_precision_is_refused(dtype):
         DDPNOpt(fcn(dtype), lr=0.1)
 
 
-@not_yet
 def test_a_model_of_two_types_is_refused():
     model = fcn()
     model[2].float()
@@ -942,13 +924,7 @@ assert int(Y.max()) == CLASSES - 1
 
 
 @pytest.mark.parametrize("preconditioner", ["adam", "kfac"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=not_yet if name == "mse, one value for many outputs" else [])
-        for name in UNFIT
-    ],
-)
+@pytest.mark.parametrize("name", UNFIT)
 def test_a_batch_that_does_not_fit_is_refused(name, preconditioner):
     """With the parameters and the state as they were."""
     loss, inputs, targets = UNFIT[name]
@@ -962,7 +938,7 @@ def test_a_batch_that_does_not_fit_is_refused(name, preconditioner):
     train(optimizer, batches(1))
 
 
-@pytest.mark.parametrize("preconditioner", ["adam", pytest.param("kfac", marks=not_yet)])
+@pytest.mark.parametrize("preconditioner", ["adam", "kfac"])
 def test_values_of_another_type_are_refused_or_taken(preconditioner):
     model = fcn(torch.float32)
     optimizer = training.ddpnopt(model, preconditioner, loss="mse")
