@@ -38,6 +38,7 @@ lint: $(VENV)/.installed-dev ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.13
 	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.installed-dev ## rewrite the sources in the project's format
