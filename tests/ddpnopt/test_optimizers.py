@@ -420,3 +420,18 @@ def test_ddpnopt_without_options_is_refused():
     layers = network(ModelConfig((6, 4)), (5,), 3)
     with pytest.raises(ConfigError, match="feedback"):
         DDPNOpt(Members(sgd(), layers, LOSSES["cross_entropy"], ()))
+
+
+def test_kfac_of_a_dead_layer_is_finite():
+    """All gradients of a layer vanish: no ratio says how the factors share the damping."""
+    one = run(baseline("kfac", 0.1), activation="relu", hidden=(3,))
+    pack = trainer([one])
+    with torch.inference_mode():
+        pack.stack.controls[0].fill_(-100.0)
+        pack.train_set[0].abs_()
+    before = [u.clone() for u in controls_of(pack, 0)]
+    for _ in updates(pack, 3):
+        pass
+    assert not pack.diverged
+    assert torch.equal(controls_of(pack, 0)[0], before[0])
+    assert not torch.equal(controls_of(pack, 0)[1], before[1])

@@ -76,6 +76,7 @@ def test_sweep(kind, baseline, form):
             expected = oracle.backward(
                 case.net.oracle(), controls, case.inputs[r], case.targets[r], case.oracle_loss(), options
             )
+            assume_known(expected)
             for t in range(len(controls)):
                 assert_inverse(optimizer, t, r, expected.M[t], controls[t])
                 for b, layer in enumerate(expected.layers[t]):
@@ -106,6 +107,7 @@ def test_update(kind, baseline, form):
                 given_ = ([u[r] for u in controls], case.inputs[r], case.targets[r], loss)
                 options = case.oracle_options(baseline, r)
                 sweep = oracle.backward(stages, *given_, options, states[r])
+                assume_known(sweep)
                 # Second-order dynamics can make psd's Q_uu singular: no digits are left to compare then.
                 Q_uus = [layer.Q_uu for layers in sweep.layers[1:] for layer in layers]
                 assume(all(float(torch.linalg.cond(Q_uu)) < 1e4 for Q_uu in Q_uus))
@@ -119,6 +121,11 @@ def test_update(kind, baseline, form):
             controls = [torch.stack([new[t] for new in expected]) for t in range(len(controls))]
 
     compare()
+
+
+def assume_known(sweep: oracle.Sweep) -> None:
+    """Leave out what the oracle does not define: KFAC's damping where a dead layer makes a factor vanish."""
+    assume(all(bool(torch.isfinite(M).all()) for M in sweep.M))
 
 
 class Found:
