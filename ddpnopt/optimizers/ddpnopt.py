@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
@@ -23,20 +22,18 @@ from ddpnopt.errors import ConfigError
 from ddpnopt.layers.conv import Conv2d
 from ddpnopt.layers.network import Controls, Network, Trajectory
 from ddpnopt.optimizers.base import Members, Quantity, Trace
-from ddpnopt.optimizers.momentum import Descent, inverses
-from ddpnopt.preconditioners import PRECONDITIONERS, Units
+from ddpnopt.optimizers.momentum import DescentOptimizer, inverses
+from ddpnopt.preconditioners import Units
 
 
-class DDPNOpt:
+class DDPNOpt(DescentOptimizer):
     """DDPNOpt with the preconditioner of its baseline."""
 
     def __init__(self, members: Members) -> None:
         if members.config.feedback is None:
             raise ConfigError("feedback", None, "the options of DDPNOpt")
+        super().__init__(members, PRECONDITIONER_OF[members.config.baseline])
         self.options = resolve(members.config.feedback, members.network)
-        self.members = members
-        name = PRECONDITIONER_OF[members.config.baseline]
-        self.descent = Descent(PRECONDITIONERS[name](members.config.options))
 
     def step(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Trace:
         """See `Optimizer.step`."""
@@ -93,19 +90,6 @@ class DDPNOpt:
     def units(self, targets: Tensor) -> Units:
         """Return the units of the value function for a batch."""
         return Units.of(self.options.convention, targets.shape[1])
-
-    def state(self) -> dict[str, Any]:
-        """See `Optimizer.state`."""
-        return self.descent.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """See `Optimizer.load_state`."""
-        self.descent.load_state(state)
-
-    def select(self, keep: Tensor) -> None:
-        """See `Optimizer.select`."""
-        self.members = self.members.select(keep)
-        self.descent.select(keep)
 
 
 def resolve(feedback: FeedbackConfig, network: Network) -> FeedbackConfig:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpnopt.preconditioners import Preconditioner
+from ddpnopt.config import PreconditionerName
+from ddpnopt.optimizers.base import Members
+from ddpnopt.preconditioners import PRECONDITIONERS, Preconditioner
 from ddpnopt.preconditioners.memory import Memory
 from ddpnopt.rates import Rates
 
@@ -42,6 +44,27 @@ class Descent:
         """See `Optimizer.select`."""
         self.preconditioner.select(keep)
         self.memory.select(keep)
+
+
+class DescentOptimizer:
+    """What every optimizer that goes down by `Descent` shares: members, state, and the selection of both."""
+
+    def __init__(self, members: Members, preconditioner: PreconditionerName) -> None:
+        self.members = members
+        self.descent = Descent(PRECONDITIONERS[preconditioner](members.config.options))
+
+    def state(self) -> dict[str, Any]:
+        """See `Optimizer.state`."""
+        return self.descent.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `Optimizer.load_state`."""
+        self.descent.load_state(state)
+
+    def select(self, keep: Tensor) -> None:
+        """See `Optimizer.select`."""
+        self.members = self.members.select(keep)
+        self.descent.select(keep)
 
 
 def inverses(preconditioner: Preconditioner, layers: Sequence[int]) -> list[tuple[int, Tensor]]:

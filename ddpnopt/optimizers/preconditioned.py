@@ -7,24 +7,21 @@ off has to equal it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
 from ddpnopt.config import PRECONDITIONER_OF
 from ddpnopt.layers.network import Controls, Trajectory, linearise, pull_back
 from ddpnopt.optimizers.base import Members, Quantity, Trace
-from ddpnopt.optimizers.momentum import Descent, inverses
-from ddpnopt.preconditioners import PRECONDITIONERS, LayerBatch, Units
+from ddpnopt.optimizers.momentum import DescentOptimizer, inverses
+from ddpnopt.preconditioners import LayerBatch, Units
 
 
-class Preconditioned:
+class Preconditioned(DescentOptimizer):
     """Gradient descent by a preconditioned gradient over a group of runs."""
 
     def __init__(self, members: Members) -> None:
-        self.members = members
-        name = PRECONDITIONER_OF[members.config.baseline]
-        self.descent = Descent(PRECONDITIONERS[name](members.config.options))
+        super().__init__(members, PRECONDITIONER_OF[members.config.baseline])
 
     def step(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Trace:
         """See `Optimizer.step`."""
@@ -54,16 +51,3 @@ class Preconditioned:
                 yield Quantity(t, "u", controls[t])
 
         return trace
-
-    def state(self) -> dict[str, Any]:
-        """See `Optimizer.state`."""
-        return self.descent.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """See `Optimizer.load_state`."""
-        self.descent.load_state(state)
-
-    def select(self, keep: Tensor) -> None:
-        """See `Optimizer.select`."""
-        self.members = self.members.select(keep)
-        self.descent.select(keep)

@@ -28,19 +28,17 @@ from ddpnopt.errors import ConfigError
 from ddpnopt.layers.base import Affine
 from ddpnopt.layers.network import Controls, Trajectory, linearise, pull_back
 from ddpnopt.optimizers.base import Members, Quantity, Trace
-from ddpnopt.optimizers.momentum import Descent
-from ddpnopt.optimizers.preconditioned import Preconditioned
-from ddpnopt.preconditioners import PRECONDITIONERS, LayerBatch, Units
+from ddpnopt.optimizers.momentum import DescentOptimizer
+from ddpnopt.preconditioners import LayerBatch, Units
 
 
-class SGDVGR(Preconditioned):
+class SGDVGR(DescentOptimizer):
     """SGD with momentum, weight decay and the vanishing-gradient regulariser over a group of runs."""
 
     def __init__(self, members: Members) -> None:
         if not all(stage.affine.dense for stage in members.network.stages):
             raise ConfigError("model", "a generic layer", "Linear and Conv2d: the regulariser takes g_ux")
-        self.members = members
-        self.descent = Descent(PRECONDITIONERS["identity"](members.config.options))
+        super().__init__(members, "identity")
 
     def step(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Trace:
         """See `Optimizer.step`."""

@@ -42,7 +42,7 @@ WIDTHS = (4, 3, 2)
 BATCH = 3
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+def check_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
@@ -123,7 +123,7 @@ def test_without_feedback_it_is_the_baseline(name, convention, off):
         ).backward()
         optimizer.step()
     for u, expected in zip(train(stages, controls, batches, cross_entropy, options), leaves, strict=True):
-        close(u, expected.detach())
+        check_close(u, expected.detach())
 
 
 @pytest.mark.parametrize("convention", ["batch_mean", "per_sample"])
@@ -140,7 +140,7 @@ def test_per_sample_second_moment(convention):
     ]
     for t, u in enumerate(controls):
         g = torch.stack([gradients[t] + 0.5 * u for gradients in per_sample])
-        close(updated[t], u - 0.1 * g.mean(0) / ((0.1 * (g**2).mean(0)).sqrt() + 1e-8))
+        check_close(updated[t], u - 0.1 * g.mean(0) / ((0.1 * (g**2).mean(0)).sqrt() + 1e-8))
 
 
 def test_one_layer_has_no_feedback():
@@ -148,7 +148,7 @@ def test_one_layer_has_no_feedback():
     options = Options(0.3, vxx_reg=0.2, dynamics="second_order", safeguard="psd", weight_decay=0.1)
     (updated,), _ = step(stages, controls, inputs, targets, cross_entropy, options)
     (gradient,) = grad(lambda u: mean_loss(stages, u, inputs, targets))(controls)
-    close(updated, controls[0] - 0.3 * (gradient + 0.1 * controls[0]))
+    check_close(updated, controls[0] - 0.3 * (gradient + 0.1 * controls[0]))
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -211,14 +211,14 @@ def test_derivatives_of_Q_are_finite_differences(convention, dynamics, activatio
             second = second_differences(next_value, nominal)
         else:
             second = jacobian.T @ after.V_xx @ jacobian
-        close(layer.Q.Q_u, first[:p] + weight * 0.3 * u.flatten(), 1e-6)
-        close(layer.Q.Q_x, first[p:], 1e-6)
-        close(layer.Q.Q_uu, second[:p, :p], 1e-6)
-        close(layer.Q.Q_ux, second[:p, p:], 1e-6)
-        close(layer.Q.Q_xx, second[p:, p:], 1e-6)
+        check_close(layer.Q.Q_u, first[:p] + weight * 0.3 * u.flatten(), 1e-6)
+        check_close(layer.Q.Q_x, first[p:], 1e-6)
+        check_close(layer.Q.Q_uu, second[:p, :p], 1e-6)
+        check_close(layer.Q.Q_ux, second[:p, p:], 1e-6)
+        check_close(layer.Q.Q_xx, second[p:, p:], 1e-6)
     output = controls[1] @ torch.cat((sweep.layers[1][1].x, torch.ones(1).double()))
-    close(sweep.terminal[1].V_x, weight * (output - functional.one_hot(targets[1], 2)))
-    close(sweep.terminal[1].V_xx, weight**2 * 0.7 * torch.eye(2, dtype=torch.float64))
+    check_close(sweep.terminal[1].V_x, weight * (output - functional.one_hot(targets[1], 2)))
+    check_close(sweep.terminal[1].V_xx, weight**2 * 0.7 * torch.eye(2, dtype=torch.float64))
 
 
 def test_second_order_adds_g_ux_alone_to_a_linear_layer():
@@ -231,9 +231,9 @@ def test_second_order_adds_g_ux_alone_to_a_linear_layer():
     inputs_and_one = stages[-1].u_shape[1]
     for a, b in zip(first, second, strict=True):
         eye = torch.eye(inputs_and_one, inputs_and_one - 1, dtype=torch.float64)
-        close(b.Q.Q_ux - a.Q.Q_ux, torch.einsum("o,ij->oij", a.V_h, eye).flatten(0, 1))
+        check_close(b.Q.Q_ux - a.Q.Q_ux, torch.einsum("o,ij->oij", a.V_h, eye).flatten(0, 1))
         for name in ("Q_u", "Q_x", "Q_uu", "Q_xx"):
-            close(getattr(b.Q, name), getattr(a.Q, name))
+            check_close(getattr(b.Q, name), getattr(a.Q, name))
 
 
 def minimum(layer: Layer, dx: Tensor) -> Tensor:
@@ -260,11 +260,11 @@ def test_value_step_minimises_over_controls(dynamics, safeguard):
     for t, layers in enumerate(sweep.layers):
         for layer in layers:
             zero = torch.zeros_like(layer.x)
-            close(layer.before.V_x, grad(lambda dx, a=layer: minimum(a, dx))(zero))
-            close(layer.before.V_xx_plain, hessian(lambda dx, a=layer: minimum(a, dx))(zero))
+            check_close(layer.before.V_x, grad(lambda dx, a=layer: minimum(a, dx))(zero))
+            check_close(layer.before.V_xx_plain, hessian(lambda dx, a=layer: minimum(a, dx))(zero))
             added = 0.1 * torch.eye(len(zero), dtype=zero.dtype) * (t > 0)
-            close(layer.before.V_xx, layer.before.V_xx_plain + added)
-            close(layer.K, -0.2 * torch.linalg.inv(sweep.M[t]) @ layer.Q.Q_ux)
+            check_close(layer.before.V_xx, layer.before.V_xx_plain + added)
+            check_close(layer.K, -0.2 * torch.linalg.inv(sweep.M[t]) @ layer.Q.Q_ux)
 
 
 def test_psd_stays_positive_semi_definite_where_clamp_does_not():
@@ -295,10 +295,10 @@ def test_factorized_is_the_full_form_without_vxx_reg(safeguard):
     )
     for t, b in product(range(3), range(BATCH)):
         value, expected = factorized.layers[t][b].before, full.layers[t][b].before
-        close(value.V_x, expected.V_x)
-        close(value.V_xx, expected.V_xx)
+        check_close(value.V_x, expected.V_x)
+        check_close(value.V_xx, expected.V_xx)
         extra = 0.3 * torch.eye(len(value.V_x), dtype=torch.float64) * (t > 0)
-        close(value.V_xx_feedback, expected.V_xx + extra)
+        check_close(value.V_xx_feedback, expected.V_xx + extra)
 
 
 def test_factorized_clamp_projects_onto_zero():
@@ -368,11 +368,11 @@ def test_convolution_is_its_matrix(geometry, preconditioner):
         backward([stage, last], controls, inputs, targets, cross_entropy, options)
         for stage in (replace(conv, sigma=sigma), replace(conv, g=g, sigma=sigma))
     ]
-    close(sweeps[0].M[0], sweeps[1].M[0])
+    check_close(sweeps[0].M[0], sweeps[1].M[0])
     for a, b in zip(sweeps[0].layers[0], sweeps[1].layers[0], strict=True):
-        close(a.K, b.K)
-        close(a.before.V_x, b.before.V_x)
-        close(a.before.V_xx, b.before.V_xx)
+        check_close(a.K, b.K)
+        check_close(a.before.V_x, b.before.V_x)
+        check_close(a.before.V_xx, b.before.V_xx)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -388,19 +388,19 @@ def test_convolutions_patches(groups):
     seen = observation(stage, u, points, V_h, Options(0.1, weight_decay=0.3))
     patches = functional.unfold(inputs, (2, 3), padding=1, stride=2)
     patches = patches.reshape(2, groups, 24 // groups, -1).mT
-    close(seen.x_bar, torch.cat((patches, torch.ones_like(patches[..., :1])), dim=-1))
-    close(seen.v, 2 * V_h.reshape(2, 4, -1))  # of two samples, in units of φ
+    check_close(seen.x_bar, torch.cat((patches, torch.ones_like(patches[..., :1])), dim=-1))
+    check_close(seen.v, 2 * V_h.reshape(2, 4, -1))  # of two samples, in units of φ
     v = seen.v.reshape(2, groups, 4 // groups, -1)
     gradients = torch.einsum("bcol,bcli->bcoi", v, seen.x_bar)
-    close(seen.data_gradients, gradients.flatten(1))
-    close(seen.gradients, gradients.flatten(1) + 0.3 * u.flatten())
+    check_close(seen.data_gradients, gradients.flatten(1))
+    check_close(seen.gradients, gradients.flatten(1) + 0.3 * u.flatten())
     rows = []
     for x_bar, v_c, u_c in zip(seen.x_bar.unbind(1), v.unbind(1), u.chunk(groups), strict=True):
         A, G = (x_bar.mT @ x_bar).mean(0), (v_c @ v_c.mT).mean(0) / v.shape[-1]
         pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
         eye_A, eye_G = torch.eye(len(A), dtype=A.dtype), torch.eye(len(G), dtype=A.dtype)
         rows.append((G + 0.2 / pi * eye_G) @ u_c @ (A + 0.2 * pi * eye_A))
-    close(KFAC(damping=0.04).observe(seen) @ u.flatten(), torch.cat(rows).flatten())
+    check_close(KFAC(damping=0.04).observe(seen) @ u.flatten(), torch.cat(rows).flatten())
 
 
 def test_image_layers_against_modules():
@@ -432,7 +432,7 @@ def test_image_layers_against_modules():
     layers = backward(stages, controls, inputs, targets, cross_entropy, options).layers
     for found, own in zip(layers, parameters, strict=True):
         gradient = torch.cat([p.grad.reshape(len(p), -1) for p in own], dim=1)
-        close(sum(layer.Q.Q_u for layer in found), gradient.flatten())
+        check_close(sum(layer.Q.Q_u for layer in found), gradient.flatten())
 
 
 @pytest.mark.parametrize("convention", ["batch_mean", "per_sample"])
@@ -451,7 +451,7 @@ def test_kronecker_preconditioners_of_one_sample(convention):
     )
     pi = ((x_bar @ x_bar / 5) / (v @ v / 3)).sqrt()
     scale = (v @ v + 0.2 / pi) * (x_bar @ x_bar + 0.2 * pi)  # v x̄ᵀ is an eigenvector of the Kronecker product
-    close(updated, u - 0.3 * torch.outer(v, x_bar) / scale)
+    check_close(updated, u - 0.3 * torch.outer(v, x_bar) / scale)
     (updated,), _ = step(
         stages,
         [u],
@@ -460,7 +460,7 @@ def test_kronecker_preconditioners_of_one_sample(convention):
         mse,
         Options(0.3, convention=convention, preconditioner=EKFAC(damping=0.04)),
     )
-    close(updated, u - 0.3 * torch.outer(v, x_bar) / ((v @ v) * (x_bar @ x_bar) + 0.04))
+    check_close(updated, u - 0.3 * torch.outer(v, x_bar) / ((v @ v) * (x_bar @ x_bar) + 0.04))
 
 
 def test_running_averages_and_refreshes():
@@ -485,7 +485,7 @@ def test_running_averages_and_refreshes():
     G_damped = G + 0.3 / pi * torch.eye(2, dtype=A.dtype)
     A_damped = A + 0.3 * pi * torch.eye(3, dtype=A.dtype)
     direction = normal(2, 3)
-    close((M[2] @ direction.flatten()).reshape(2, 3), G_damped @ direction @ A_damped)
+    check_close((M[2] @ direction.flatten()).reshape(2, 3), G_damped @ direction @ A_damped)
 
     ekfac = EKFAC(0.09, factor_decay=0.75, inverse_every=2)
     M = [ekfac.observe(batch) for batch in batches]
@@ -498,10 +498,14 @@ def test_running_averages_and_refreshes():
     s = squares(0, bases[0])
     s = 0.75 * s + 0.25 * squares(1, bases[0])
     rotated = bases[0][1].T @ direction @ bases[0][0]
-    close((M[1] @ direction.flatten()).reshape(2, 3), bases[0][1] @ ((s + 0.09) * rotated) @ bases[0][0].T)
+    check_close(
+        (M[1] @ direction.flatten()).reshape(2, 3), bases[0][1] @ ((s + 0.09) * rotated) @ bases[0][0].T
+    )
     s = 0.75 * s + 0.25 * squares(2, bases[1])
     rotated = bases[1][1].T @ direction @ bases[1][0]
-    close((M[2] @ direction.flatten()).reshape(2, 3), bases[1][1] @ ((s + 0.09) * rotated) @ bases[1][0].T)
+    check_close(
+        (M[2] @ direction.flatten()).reshape(2, 3), bases[1][1] @ ((s + 0.09) * rotated) @ bases[1][0].T
+    )
 
 
 def test_losses():
@@ -509,17 +513,17 @@ def test_losses():
     label = torch.tensor(1)
     p, one_hot, eye = torch.softmax(x, 0), torch.eye(3).double()[1], torch.eye(3).double()
     centers = 2 * (eye - 1 / 3)  # a simplex's corners
-    close(centers @ centers.T, 8 / 3 * (1.5 * eye - 0.5))
+    check_close(centers @ centers.T, 8 / 3 * (1.5 * eye - 0.5))
     expected = [
         (cross_entropy, -p[1].log(), p - one_hot, torch.diag(p) - torch.outer(p, p)),
         (mse, (x - one_hot).square().sum() / 2, x - one_hot, eye),
         (mmc(centers), (x - centers[1]).square().sum(), 2 * (x - centers[1]), 2 * eye),
     ]
     for phi, value, gradient, curvature in expected:
-        close(phi(x, label), value)
-        close(grad(phi)(x, label), gradient)
-        close(hessian(phi)(x, label), curvature)
-    close(mse(x, one_hot), mse(x, label))
+        check_close(phi(x, label), value)
+        check_close(grad(phi)(x, label), gradient)
+        check_close(hessian(phi)(x, label), curvature)
+    check_close(mse(x, one_hot), mse(x, label))
 
 
 def test_options_are_checked():
