@@ -409,7 +409,8 @@ Held = tuple[Mapping[str, object], list[tuple[str, object]]]
 def _held(module: nn.Module) -> Iterator[Held]:
     """List the modules and parameters in a model: each table, and what is in it now."""
     for table in (module._modules, module._parameters):
-        yield table, list(table.items())
+        if table:  # most are empty, and they are compared at every step
+            yield table, list(table.items())
     for child in module._modules.values():
         if child is not None:
             yield from _held(child)
