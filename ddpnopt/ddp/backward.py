@@ -89,7 +89,7 @@ class Layer:
 
     Attributes:
         affine: g.
-        jacobians: of the maps of σ.
+        jacobians: of the maps of σ; none if the incoming V_xx bears no ε, which alone needs them again.
         inputs: x, prepared.
         u: (R, o, ī).
         inverse: M⁻¹.
@@ -293,7 +293,8 @@ class Sweep:
 
     Attributes:
         policies: of t = 0..T-1.
-        values: before each layer t = 1..T-1; None at t = 0, where no layer is left to use one.
+        values: before each layer t = 1..T-1; None at t = 0, where no layer is left to use one, and where they
+            were not asked for.
     """
 
     policies: tuple[Policy, ...]
@@ -309,6 +310,8 @@ def backward_pass(
     preconditioner: Preconditioner,
     rates: Sequence[Rates],
     units: Units,
+    *,
+    keep_values: bool = True,
 ) -> Sweep:
     """Sweep from the last layer to the first.
 
@@ -321,6 +324,7 @@ def backward_pass(
         preconditioner: M_t.
         rates: of t = 0..T-1.
         units: of the value.
+        keep_values: whether the values are handed back; a step has no use for them.
     """
     policies: list[Policy] = []
     values: list[Value | None] = []
@@ -340,18 +344,19 @@ def backward_pass(
             break
         rate, decay = rates[t].learning_rate, rates[t].decay
         inverse = preconditioner.inverse(t)
+        incoming_reg = rates[t + 1].vxx_reg if t < last and rates[t + 1].regularised else None
         layer = Layer(
             affine=stage.affine,
-            jacobians=jacobians,
+            jacobians=() if incoming_reg is None else jacobians,
             inputs=inputs,
             u=u,
             inverse=inverse,
             rate=rate,
             decay_step=None if decay is None else rate * inverse.apply(decay * u * units.share),
             vxx_reg=rates[t].vxx_reg,
-            incoming_reg=rates[t + 1].vxx_reg if t < last and rates[t + 1].regularised else None,
+            incoming_reg=incoming_reg,
         )
         policy, after = form.policy_and_value(layer, after)
         policies.append(policy)
-        values.append(after)
+        values.append(after if keep_values else None)
     return Sweep(tuple(policies[::-1]), tuple(values[::-1]))

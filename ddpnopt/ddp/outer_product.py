@@ -69,7 +69,6 @@ class OuterProductGains:
     Attributes:
         V_h: (R, B, *outputs).
         z_h: ẑ_h, (R, B, *outputs).
-        q_x: q̂_x, (R, B, *inputs).
         weight: w.
         layer: where the policy acts; its u is that before the update.
         vxx_reg: ε, (R, 1, 1); None where the incoming V_xx bears none.
@@ -78,11 +77,15 @@ class OuterProductGains:
 
     V_h: Tensor
     z_h: Tensor
-    q_x: Tensor
     weight: Tensor
     layer: Layer
     vxx_reg: Tensor | None
     second_order: bool = False
+
+    @property
+    def q_x(self) -> Tensor:
+        """Return q̂_x = g_xᵀ ẑ_h, (R, B, *inputs)."""
+        return self.layer.pull_back(self.z_h.unsqueeze(2)).squeeze(2)
 
     def feedback(self, dx: Tensor) -> Tensor:
         """See `ddpnopt.ddp.backward.Policy`."""
@@ -93,18 +96,20 @@ class OuterProductGains:
         return self._add_feedback(self.V_h, dx)
 
     def _add_feedback(self, base: Tensor, dx: Tensor) -> Tensor:
-        overlap = _dot(self.q_x, dx) * self.weight
+        # q_xᵀ δx as z_hᵀ (g_x δx): q_x of every layer need not be kept until the second forward pass.
+        layer = self.layer
+        dh = layer.affine.push_forward(dx, layer.inputs, layer.u)
+        overlap = _dot(self.z_h, dh) * self.weight
         response = torch.addcmul(base, self.z_h, _beside(overlap, self.z_h))
         if self.vxx_reg is None:
             return response
-        layer = self.layer
-        moved = push_forward(layer.jacobians, layer.affine.push_forward(dx, layer.inputs, layer.u))
+        moved = push_forward(layer.jacobians, dh)
         damping = pull_back(layer.jacobians, moved.unsqueeze(2)).squeeze(2)
         return response.addcmul_(damping, _beside(self.vxx_reg, damping))
 
     def factors(self) -> tuple[Tensor, ...]:
         """See `ddpnopt.ddp.backward.Policy`."""
-        return (self.z_h, self.q_x, self.weight)
+        return (self.z_h, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ class OuterProductForm:
         """See `ddpnopt.ddp.backward.ValueForm`."""
         V_h, z_h = after.rows.unbind(dim=2)
         rows = layer.pull_back(after.rows)
-        policy = OuterProductGains(V_h, z_h, rows.select(2, 1), after.weight, layer, layer.incoming_reg)
+        policy = OuterProductGains(V_h, z_h, after.weight, layer, layer.incoming_reg)
         return policy, value(layer, after, rows, self.safeguard)
 
 

@@ -38,7 +38,7 @@ class DDPNOpt(DescentOptimizer):
     def step(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Trace:
         """See `Optimizer.step`."""
         members, descent = self.members, self.descent
-        sweep = self.sweep(controls, trajectory, targets)
+        sweep = self.sweep(controls, trajectory, targets, keep_values=False)
         directions: list[Tensor] = []
 
         def update(t: int, u: Tensor, direction: Tensor) -> None:
@@ -62,7 +62,9 @@ class DDPNOpt(DescentOptimizer):
 
         return trace
 
-    def sweep(self, controls: Controls, trajectory: Trajectory, targets: Tensor) -> Sweep:
+    def sweep(
+        self, controls: Controls, trajectory: Trajectory, targets: Tensor, *, keep_values: bool = True
+    ) -> Sweep:
         """Do the backward pass: the policy and the value of every layer, none of it applied."""
         members, options = self.members, self.options
         units = self.units(targets)
@@ -71,11 +73,13 @@ class DDPNOpt(DescentOptimizer):
         rest = (network, controls, trajectory, preconditioner, rates, units)
         V_x = members.loss_gradient(trajectory, targets) * units.share
         if not options.feedback:
-            return backward_pass(OpenLoopForm(), Gradient(V_x), *rest)
+            return backward_pass(OpenLoopForm(), Gradient(V_x), *rest, keep_values=keep_values)
         if options.factorized:
             weight = V_x.new_full((1, 1, 1), options.curvature_scale)
             terminal = OuterProductValue.of_gradient(V_x, weight)
-            return backward_pass(OuterProductForm(options.safeguard), terminal, *rest)
+            return backward_pass(
+                OuterProductForm(options.safeguard), terminal, *rest, keep_values=keep_values
+            )
         # In batch-mean units V_x = ∇φ/B and the curvature bears the factor squared: the outer product of
         # that gradient, with the exact Hessian put on the same scale.
         if options.terminal_hessian == "exact":
@@ -84,8 +88,8 @@ class DDPNOpt(DescentOptimizer):
             hessian = V_x.unsqueeze(-1) * V_x.unsqueeze(-2)
         dense = FullValue(V_x, options.curvature_scale * hessian)
         if options.dynamics == "second_order":
-            return backward_pass(SecondOrderForm(options.safeguard), dense, *rest)
-        return backward_pass(FullForm(options.safeguard), dense, *rest)
+            return backward_pass(SecondOrderForm(options.safeguard), dense, *rest, keep_values=keep_values)
+        return backward_pass(FullForm(options.safeguard), dense, *rest, keep_values=keep_values)
 
     def units(self, targets: Tensor) -> Units:
         """Return the units of the value function for a batch."""
