@@ -9,14 +9,18 @@ train them. Everything else needs torch; nothing here knows of Ray, SQL or HTTP.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from ddpnopt.config import NUMERICS_VERSION as NUMERICS_VERSION
+
+# Before MKL, torch's library on x86, is first used: without it a product's bits depend on where in memory its
+# matrices lie, and so a run's on its place in a pack.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
     from ddpnopt.torch_optimizer import BaselineOptimizer as BaselineOptimizer
     from ddpnopt.torch_optimizer import DDPNOpt as DDPNOpt
-
-NUMERICS_VERSION = 2
-"""Raised whenever a change alters the bits of any run's result; stored with every result."""
 
 __all__ = ["NUMERICS_VERSION", "BaselineOptimizer", "DDPNOpt"]
 

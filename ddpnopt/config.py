@@ -8,7 +8,7 @@ worker or attempt they were trained in. Defaults are those of the paper, with th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
@@ -27,6 +27,7 @@ PreconditionerName = Literal["identity", "rmsprop", "adam", "kfac", "ekfac"]
 Safeguard = Literal["clamp", "psd"]
 SecondMoment = Literal["batch", "per_sample"]
 TerminalHessian = Literal["exact", "gauss_newton"]
+TrainMetrics = Literal["full", "running"]
 
 PRECONDITIONER_OF: Final[Mapping[str, PreconditionerName]] = {
     "sgd": "identity",
@@ -36,6 +37,9 @@ PRECONDITIONER_OF: Final[Mapping[str, PreconditionerName]] = {
     "ekfac": "ekfac",
 }
 """The preconditioner of each baseline that has a DDPNOpt partner."""
+
+NUMERICS_VERSION: Final = 3
+"""Raised whenever a change alters the bits of any run's result; stored with every result."""
 
 MMC_NORM: Final = 10.0
 """C_MM, the squared norm of the Max-Mahalanobis centres."""
@@ -174,16 +178,45 @@ class TrainingConfig:
         batch_size: samples in a batch; batches are drawn without replacement within an epoch, and
             an incomplete last batch is dropped.
         eval_every: steps between two points of the curves; the last step is always a point.
+        test_every: the same of the metrics on the test set, a multiple of it; None is at every point.
+        train_metrics: `full` takes the loss and accuracy over the whole training set by the weights of the
+            moment, from step 0 on. `running` averages those of the batches since the last point, each by the
+            weights before its update: no pass over the training set, and no point at step 0. Baseline and
+            partner are measured alike.
     """
 
     steps: int
     batch_size: int
     eval_every: int
+    test_every: int | None = None
+    train_metrics: TrainMetrics = "full"
 
     def __post_init__(self) -> None:
         _whole("training.steps", self.steps, 1, MAX_STEPS)
         _whole("training.batch_size", self.batch_size, 1, 1_000_000)
         _whole("training.eval_every", self.eval_every, 1, MAX_STEPS)
+        _one_of("training.train_metrics", self.train_metrics, TrainMetrics)
+        if self.test_every is not None:
+            _whole("training.test_every", self.test_every, 1, MAX_STEPS)
+            if self.test_every % self.eval_every:
+                allowed = f"a multiple of eval_every, {self.eval_every}"
+                raise ConfigError("training.test_every", self.test_every, allowed)
+
+    def takes_train_metrics(self, step: int) -> bool:
+        """Tell whether a step is a point of the curves of `train_loss` and `train_accuracy`."""
+        return self._is_point(step, self.eval_every) and (step > 0 or self.train_metrics == "full")
+
+    def takes_test_metrics(self, step: int) -> bool:
+        """Tell whether a step is a point of the curves of `test_loss` and `accuracy`."""
+        return self._is_point(step, self.test_every or self.eval_every)
+
+    def points(self) -> Iterator[int]:
+        """Yield the steps at which metrics of some kind are taken: 0, every `eval_every`, and the last."""
+        yield from range(0, self.steps, self.eval_every)
+        yield self.steps
+
+    def _is_point(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,18 @@ constant one, n block of a layer's controls (a run, or a run and a group of its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from ddpnopt.config import DType
+
+DTYPES: Final[Mapping[DType, torch.dtype]] = {"float32": torch.float32, "float64": torch.float64}
+"""A run's kind of numbers as torch's."""
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:

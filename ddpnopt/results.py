@@ -1,8 +1,9 @@
 """What training yields. Plain values and numpy arrays; importable without torch.
 
 Metrics, all over the whole set in question, by the weights after the named step:
-`train_loss` and `train_accuracy` (%) over the training set, `test_loss` and `accuracy` (%) over the
-test set. Baseline and partner are measured by the same code.
+`train_loss` and `train_accuracy` (%) over the training set (or running means over the batches: see
+`ddpnopt.config.TrainingConfig.train_metrics`), `test_loss` and `accuracy` (%) over the test set. Baseline and
+partner are measured by the same code.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-METRICS: Final = ("train_loss", "train_accuracy", "test_loss", "accuracy")
+TRAIN_METRICS: Final = ("train_loss", "train_accuracy")
+TEST_METRICS: Final = ("test_loss", "accuracy")
+METRICS: Final = (*TRAIN_METRICS, *TEST_METRICS)
 
-RunState = Literal["completed", "diverged"]
+RunState = Literal["completed", "diverged", "cancelled"]
 NonFinite = Literal["nan", "+inf", "-inf"]
 
 
@@ -51,25 +54,31 @@ class RunResult:
     Attributes:
         index: the run's place in the sequence that was handed to the engine.
         steps: updates done.
-        metrics: final value of every name in `METRICS`; empty if the run diverged.
-        curve_steps: (P,) int64, the steps at which the curves were taken.
-        curves: name to (P,) float32, for every name in `METRICS`.
-        weights_digest: SHA-256 of the final weights' bytes, layer by layer, in hexadecimal.
+        metrics: final value of every name in `METRICS`; empty if the run did not come to its end.
+        curve_steps: (P,) int64, the steps at which the metrics of the training set were taken.
+        test_steps: (Q,) int64, those of the test set.
+        curves: name to (P,) or (Q,) float32, for every name in `METRICS`.
+        weights_digest: SHA-256 of the final weights' bytes, layer by layer, in hexadecimal; empty without.
         divergence: set if and only if the run diverged.
+        cancelled: whether it was told to leave before its end.
     """
 
     index: int
     steps: int
     metrics: dict[str, float]
     curve_steps: NDArray[np.int64]
+    test_steps: NDArray[np.int64]
     curves: dict[str, NDArray[np.float32]]
     weights_digest: str
     divergence: Divergence | None = None
+    cancelled: bool = False
 
     @property
     def state(self) -> RunState:
-        """`diverged` or `completed`."""
-        return "completed" if self.divergence is None else "diverged"
+        """`diverged`, `cancelled` or `completed`."""
+        if self.divergence is not None:
+            return "diverged"
+        return "cancelled" if self.cancelled else "completed"
 
 
 @dataclass(frozen=True, slots=True)

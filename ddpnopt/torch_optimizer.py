@@ -171,7 +171,7 @@ class LayerOptimizer(torch.optim.Optimizer):
                 column(lr),
                 column(vxx_reg),
                 column(decay) if decay else None,
-                momentum,
+                column(momentum) if momentum else None,
                 regularised=vxx_reg != 0,
             )
         return self._rates[key]

@@ -48,7 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.engine = engine
+    app.state.engine, app.state.device = engine, settings.machine()
     hosts = [host.strip() for host in settings.allowed_hosts.split(",")]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     install_handlers(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Final
 
@@ -12,9 +13,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL
 
 from service.errors import SetupError
+from service.sweeps.device import Device
 
 DEFAULT_PORT: Final = 8321
 MAX_BODY_BYTES: Final = 4 * 2**20
+MEMORY_SHARE: Final = 0.75
 
 
 class Settings(BaseSettings):
@@ -25,7 +28,12 @@ class Settings(BaseSettings):
         home: folder of the embedded database and of the logs.
         database_url: SQLAlchemy URL; the default is SQLite in `home`.
         ray_address: of a Ray cluster to join; unset starts a private one.
-        slots: packs at once on a private Ray; unset takes every CPU.
+        slots: packs at once on a private Ray; unset takes every CPU. Packs are planned for as many.
+        memory: bytes that all training on a machine may take at once; unset takes three quarters of what this
+            machine has. Packs are planned for a slot's share, and a worker takes no more.
+        checkpoints: folder that all workers see, where packs that train for long keep their state; unset is
+            one in `home` with a private Ray, and none on a cluster.
+        checkpoint_every: seconds of training between two of these.
         allowed_hosts: names under which the server may be addressed, with commas between them. Without
             authentication, a page elsewhere must not reach it under a name of its own (DNS rebinding).
         allow_unauthenticated: lets the server listen beyond loopback although anyone who reaches it may
@@ -39,6 +47,9 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     ray_address: str | None = None
     slots: int | None = Field(default=None, ge=1, le=10_000)
+    memory: int | None = Field(default=None, ge=64 * 2**20)
+    checkpoints: Path | None = None
+    checkpoint_every: float = Field(default=60.0, gt=0)
     allow_unauthenticated: bool = False
     allowed_hosts: str = "127.0.0.1,localhost,[::1]"
 
@@ -48,6 +59,17 @@ class Settings(BaseSettings):
             return self.database_url.get_secret_value()
         # Not pasted into a string: a path may have % or ? in it.
         return URL.create("sqlite", database=str(self.home.expanduser().resolve() / "ddpsweep.db"))
+
+    def machine(self) -> Device:
+        """Return what packs are planned for: this machine's CPUs, unless something else is set."""
+        memory = self.memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return Device("cpu", self.slots or os.cpu_count() or 1, memory)
+
+    def checkpoint_folder(self) -> Path | None:
+        """Return where workers keep the state of packs; None if they do not."""
+        if self.checkpoints is not None:
+            return self.checkpoints.expanduser().resolve()
+        return None if self.ray_address else self.home.expanduser().resolve() / "checkpoints"
 
     def make_home(self) -> Path:
         """Create the home folder, readable by this user alone.

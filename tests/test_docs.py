@@ -14,7 +14,7 @@ from ddpnopt import config
 from service.config import Settings
 from service.sweeps.documents import parse_spec, parse_yaml
 from service.sweeps.expand import plan
-from service.sweeps.spec import FeedbackSpec, ModelSpec
+from service.sweeps.spec import FeedbackSpec, ModelSpec, TrainingSpec
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md")]
@@ -72,6 +72,10 @@ def test_the_keys_of_the_model_are_all_told() -> None:
         assert f"`{activation}`" in told["activation"][1]
     for kind in get_args(config.ModelKind):
         assert f"`{kind}`" in told["kind"][1]
+
+
+def test_the_keys_of_the_training_are_all_told() -> None:
+    assert rows("| key of `training` |") == list(TrainingSpec.model_fields)
 
 
 def test_the_losses_are_all_told() -> None:

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from workers.protocol import PackEvent, PackTask
+from ddpnopt.pack.checkpoint import Checkpoints
+from workers import memory
+from workers.protocol import PackEvent, PackTask, WorkerOptions
 from workers.runner import run_pack
+
+log = logging.getLogger(__name__)
 
 
 class PackActor:
-    """Trains one pack after another in its own process.
+    """Trains one pack after another in its own process."""
 
-    Args:
-        threads: CPU threads of the tensor library. One by default: small nets gain more from a second
-            pack on the second core than from a second thread.
-    """
-
-    def __init__(self, threads: int = 1) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, options: WorkerOptions | None = None) -> None:
+        options = options or WorkerOptions()
+        torch.set_num_threads(options.threads)
+        self._checkpoints: Checkpoints | None = None
+        if options.checkpoints is not None:
+            self._checkpoints = Checkpoints(Path(options.checkpoints), options.checkpoint_every)
+            if removed := self._checkpoints.sweep():
+                log.info("%d old checkpoints removed", removed)
+        if options.memory is not None:
+            memory.limit(options.memory)
 
     def ping(self) -> None:
         """Answer."""
 
     def train(self, task: PackTask) -> Iterator[PackEvent]:
         """Stream the events of one attempt."""
-        yield from run_pack(task)
+        yield from run_pack(task, self._checkpoints)

@@ -31,6 +31,24 @@ class PackTask:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker works.
+
+    Attributes:
+        threads: of the fast path. One by default: a second pack on the second core does as much as a second
+            thread, and needs no waiting for each other (docs/performance.md).
+        memory: bytes that training may take; None does not limit it.
+        checkpoints: folder of the packs' states, which all workers of the cluster see; None keeps none.
+        checkpoint_every: seconds of training between two writes there.
+    """
+
+    threads: int = 1
+    memory: int | None = None
+    checkpoints: str | None = None
+    checkpoint_every: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
 class Environment:
     """Where a pack was trained, recorded with its results.
 

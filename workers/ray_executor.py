@@ -22,7 +22,14 @@ import ray
 from ray.exceptions import RayError
 
 from workers.actor import PackActor
-from workers.protocol import ExecutorLostError, PackEvent, PackFailed, PackProgress, PackTask
+from workers.protocol import (
+    ExecutorLostError,
+    PackEvent,
+    PackFailed,
+    PackProgress,
+    PackTask,
+    WorkerOptions,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +43,7 @@ PING_S: Final = 2.0
 
 SECRETS: Final = ("DDPSWEEP_", "PG", "POSTGRES_")
 """How variables begin that are none of Ray's business: workers inherit the environment of its processes."""
-NO_SECRETS: Final = frozenset({"DDPSWEEP_DATA"})
+NO_SECRETS: Final = frozenset({"DDPSWEEP_DATA", "DDPSWEEP_LANES"})
 
 
 @dataclass(slots=True)
@@ -124,12 +131,15 @@ class RayExecutor:
         address: of a cluster to join; None starts a private one on this machine, which ends with this
             process, however that ends.
         slots: packs at once; None takes the cluster's CPUs.
+        options: of each worker.
 
     Raises:
         ConnectionError: if there is no cluster at the address.
     """
 
-    def __init__(self, address: str | None = None, slots: int | None = None) -> None:
+    def __init__(
+        self, address: str | None = None, slots: int | None = None, options: WorkerOptions | None = None
+    ) -> None:
         if address is None:
             # A private cluster has a token of its own, which lives in this process tree alone.
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -144,7 +154,7 @@ class RayExecutor:
                 namespace="ddpsweep",
                 **({} if address else private),
             )
-        self._fixed_slots = slots
+        self._fixed_slots, self._options = slots, options
         self._probe = _Probe()
         self._actor_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(PackActor)
         self._idle: list[Any] = []
@@ -217,7 +227,7 @@ class RayExecutor:
                 ray.kill(actor)
             else:
                 return actor
-        return self._actor_class.remote()
+        return self._actor_class.remote(self._options)
 
     def cancel(self, pack_id: int, attempt: int) -> None:
         """See `Executor`. The worker's process is ended: a tensor program in C++ answers nothing milder."""

@@ -6,6 +6,7 @@ Adding one: a file with a class that has `Optimizer`'s methods, and a row in `OP
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final, get_args
 
 from ddpnopt.config import OptimizerConfig, PairedBaseline
@@ -29,9 +30,17 @@ OPTIMIZERS: Final[Mapping[tuple[str, str], Callable[[Members], Optimizer]]] = {
 
 
 def group_key(config: OptimizerConfig, *, convolutional: bool = False) -> tuple[object, ...]:
-    """Return what members of one group share; learning rate and ε are per run."""
+    """Return what members of one group share; learning rate, ε, weight decay and momentum are each run's own.
+
+    Whether the last two are zero is shared, since what is zero is not computed.
+    """
     feedback = None if config.feedback is None else config.feedback.resolved(convolutional=convolutional)
-    return (config.baseline, config.method, config.options, feedback)
+    options = replace(
+        config.options,
+        weight_decay=float(config.options.weight_decay > 0),
+        momentum=0.5 * (config.options.momentum > 0),
+    )
+    return (config.baseline, config.method, options, feedback)
 
 
 def make(members: Members) -> Optimizer:

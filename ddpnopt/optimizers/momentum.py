@@ -24,7 +24,7 @@ class Descent:
     def update(self, t: int, u: Tensor, direction: Tensor, rates: Rates) -> None:
         """Update u_t (R, o, ī) in place by d_t (R, o, ī)."""
         step = self.preconditioner.precondition(t, direction)
-        if rates.momentum:
+        if rates.momentum is not None:
             entries = self.memory.layer(t)
             # The first velocity is the step itself, as in torch.optim.
             step = step if "v" not in entries else rates.momentum * entries["v"] + step

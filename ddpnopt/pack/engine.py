@@ -1,32 +1,42 @@
-"""The training loop over a pack: one forward pass for all members, then each group's update.
+"""The training loop over a pack: its parts take turns, stretch by stretch, and metrics are taken on the way.
 
-Members do not touch each other: no reduction runs over the leading dimension, so that on the CPU a run's
-bits do not depend on who shares its pack. A member that leaves the finite numbers is recorded as diverged
-and leaves the pack.
-
-Index legend: r run in the pack, b sample.
+Members do not touch each other: on the CPU a run's bits do not depend on who shares its pack. A member
+that leaves the finite numbers is recorded as diverged and leaves the pack; so does one that is told to go.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import wraps
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpnopt.config import EVAL_CHUNK, RunConfig
+from ddpnopt.config import NUMERICS_VERSION, RunConfig
 from ddpnopt.datasets.load import Dataset, load
 from ddpnopt.errors import ConfigError
-from ddpnopt.layers.losses import LOSSES, Loss
-from ddpnopt.layers.network import Controls, Network, predict, rollout
+from ddpnopt.lanes import rules
+from ddpnopt.lanes.library import Library, library
+from ddpnopt.lanes.program import compiled_net
+from ddpnopt.layers.network import Controls
+from ddpnopt.linalg import DTYPES
 from ddpnopt.models import network
-from ddpnopt.pack import rng
-from ddpnopt.pack.stack import DTYPES, Stack, stack
+from ddpnopt.pack.batches import BatchStream
+from ddpnopt.pack.checkpoint import Checkpoints, key_of
+from ddpnopt.pack.lanes import LanePart
+from ddpnopt.pack.part import Part, Samples
+from ddpnopt.pack.stack import distinct_seeds
+from ddpnopt.pack.tensors import TensorPart
 from ddpnopt.results import (
     METRICS,
+    TEST_METRICS,
+    TRAIN_METRICS,
     Divergence,
     EngineEvent,
     Finished,
@@ -35,9 +45,42 @@ from ddpnopt.results import (
     non_finite_kind,
 )
 
+Leaving = Callable[[int], Collection[int]]
+"""Takes a step and returns the places of the runs that are to leave the pack after it."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _on_one_thread(call: F) -> F:
+    """Do a method's tensor operations on one thread, whatever the process has.
+
+    Libraries cut convolutions, eigenvectors and lone products up by the number of threads, and round by the
+    cuts. Lanes have threads of their own, since blocks of runs can be divided without a trace.
+    """
+
+    @wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return cast(F, wrapped)
+
+
+LONGEST_STRETCH_S: Final = 2.0
+"""About how long a pack trains between two looks at the clock."""
+
 
 def train(
-    runs: Sequence[RunConfig], data: Dataset | None = None, device: str = "cpu"
+    runs: Sequence[RunConfig],
+    data: Dataset | None = None,
+    device: str = "cpu",
+    *,
+    checkpoints: Checkpoints | None = None,
+    leaving: Leaving | None = None,
 ) -> Iterator[EngineEvent]:
     """Train runs of one pack key together.
 
@@ -45,205 +88,341 @@ def train(
         runs: at least one.
         data: the dataset; loaded by name if not given.
         device: where to train.
+        checkpoints: where the state is kept now and then; if there is one of this very pack, training goes on
+            from there, with the same bits as if it had never stopped. At the end it is removed.
+        leaving: asked at every point of the curves who leaves.
 
     Yields:
-        `Progress` at step 0 and at every point of the curves, then one `Finished`. Closing the iterator
-        stops the training.
+        `Progress` at every point of the curves, then one `Finished`. Closing the iterator stops the training.
 
     Raises:
         ConfigError: if the runs cannot share a pack or their batch is larger than the training set.
         DataError: if the dataset cannot be read.
+        OSError: if a checkpoint cannot be written.
     """
-    first = runs[0] if runs else None
-    if first is None:
+    if not runs:
         raise ConfigError("runs", [], "at least one run")
-    trainer = Trainer(runs, data or load(first.dataset), torch.device(device))
-    steps = first.training.steps
-    for step in range(steps + 1):
-        if step > 0:
-            # inference_mode must not stay on across a yield: it would leak into the caller's thread.
-            with torch.inference_mode():
-                trainer.update(step)
-        if step % first.training.eval_every == 0 or step == steps:
-            with torch.inference_mode():
-                trainer.take_metrics(step)
-            yield Progress(step, steps, len(trainer.stack.index))
-        if len(trainer.stack.index) == 0:
+    trainer = Trainer(runs, data or load(runs[0].dataset), torch.device(device))
+    if checkpoints is not None:
+        trainer.resume(checkpoints)
+    training = runs[0].training
+    saved = time.monotonic()
+    for point in training.points():
+        if point < trainer.step:
+            continue
+        for _ in trainer.stretches(point):
+            if checkpoints is not None and time.monotonic() - saved >= checkpoints.every:
+                trainer.save(checkpoints)
+                saved = time.monotonic()
+        trainer.take_metrics()
+        if leaving is not None:
+            trainer.cancel(leaving(point))
+        yield Progress(point, training.steps, trainer.active)
+        if trainer.active == 0:
             break
-    yield Finished(trainer.results(steps))
+    if checkpoints is not None:
+        checkpoints.discard(trainer.key)
+    yield Finished(trainer.results())
+
+
+@dataclass(slots=True)
+class Curves:
+    """The points of the curves of one set's metrics.
+
+    Attributes:
+        names: of the metrics.
+        points: (step, places of the members (R,), values (R, 2)) of each.
+    """
+
+    names: tuple[str, ...]
+    points: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = field(default_factory=list)
+
+    def of(self, place: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return one run's steps (P,) and values (P, 2)."""
+        found = [
+            (step, values[row[0]])
+            for step, places, values in self.points
+            if len(row := np.flatnonzero(places == place))
+        ]
+        steps = np.array([step for step, _ in found], dtype=np.int64)
+        return steps, np.array([values for _, values in found]).reshape(len(found), len(self.names))
 
 
 class Trainer:
-    """A pack in training. Drive it by `train`."""
-
-    def __init__(self, runs: Sequence[RunConfig], data: Dataset, device: torch.device) -> None:
-        first = runs[0]
-        self.batch_size = first.training.batch_size
-        self.samples = len(data.train_targets)
-        if self.batch_size > self.samples:
-            raise ConfigError(
-                "training.batch_size", self.batch_size, f"at most {self.samples}, the training set"
-            )
-        self.device = device
-        self.dtype = DTYPES[first.dtype]
-        self.loss: Loss = LOSSES[first.loss]
-        classes = int(data.train_targets.max()) + 1
-        self.network = network(first.model, data.shape, classes)
-        self.train_set = self._on_device(data.train_inputs, data.train_targets)
-        self.test_set = self._on_device(data.test_inputs, data.test_targets)
-        layers = first.model.layers(data.shape, classes)
-        self.stack: Stack = stack(runs, self.network, layers, device)
-        self.batches = BatchStream(self.stack.seeds, self.samples, self.batch_size, device)
-        self.last_loss: Tensor | None = None
-        self.curves: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = []
-        self.diverged: dict[int, Divergence] = {}
-
-    def _on_device(self, x: NDArray[np.float64], y: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        return (
-            torch.from_numpy(x).to(device=self.device, dtype=self.dtype),
-            torch.from_numpy(y).to(device=self.device),
-        )
-
-    def update(self, step: int) -> None:
-        """Do update number `step` (from 1).
-
-        Members whose batch loss is not finite leave instead, members whose new weights are not leave after.
-        """
-        rows = self.batches.at(step - 1)[self.stack.seed_row]
-        inputs, targets = self.train_set[0][rows], self.train_set[1][rows]
-        trajectory = rollout(self.network, self.stack.controls, inputs)
-        loss = self.loss.value(trajectory.output, targets).mean(dim=-1)
-        finite = torch.isfinite(loss)
-        if not bool(finite.all()):
-            self._drop(~finite, step, "batch_loss", loss, self.last_loss)
-            if len(self.stack.index) == 0:
-                return
-            # The members that stay take this step on their own forward pass, made anew without the others.
-            loss, targets = loss[finite], targets[finite]
-            trajectory = rollout(self.network, self.stack.controls, inputs[finite])
-        self.last_loss = loss
-        finite, blamed = self.stack.step(trajectory, targets)
-        if blamed:
-            for row, found in blamed.items():
-                self._record(row, Divergence(step, found.quantity, non_finite_kind(found.value), None))
-            self._keep(finite)
-
-    def take_metrics(self, step: int) -> None:
-        """Add a point to the curves of all active members; those with non-finite numbers leave."""
-        if len(self.stack.index) == 0:
-            return
-        point = torch.stack(
-            [
-                *evaluate(self.network, self.stack.controls, self.loss, *self.train_set),
-                *evaluate(self.network, self.stack.controls, self.loss, *self.test_set),
-            ],
-            dim=1,
-        )
-        finite = torch.isfinite(point).all(dim=1)
-        self.curves.append(
-            (step, self.stack.index[finite].numpy(force=True), point[finite].numpy(force=True))
-        )
-        for column, name in enumerate(METRICS):
-            bad = ~torch.isfinite(point[:, column])
-            if bool(bad.any()):
-                self._drop(bad, step, name, point[:, column], None)
-                point = point[~bad]
-
-    def _drop(self, bad: Tensor, step: int, quantity: str, now: Tensor, before: Tensor | None) -> None:
-        for row in bad.nonzero().flatten().tolist():
-            last = None if before is None else float(before[row])
-            self._record(row, Divergence(step, quantity, non_finite_kind(float(now[row])), last))
-        self._keep(~bad)
-
-    def _record(self, row: int, divergence: Divergence) -> None:
-        self.diverged[int(self.stack.index[row])] = divergence
-
-    def _keep(self, finite: Tensor) -> None:
-        self.stack.select(finite)
-        if self.last_loss is not None:
-            self.last_loss = self.last_loss[finite]
-
-    def results(self, steps: int) -> tuple[RunResult, ...]:
-        """Return one result per run, in the order in which the runs were handed in."""
-        weights = {
-            int(index): _digest([u[row] for u in self.stack.controls])
-            for row, index in enumerate(self.stack.index.tolist())
-        }
-        return tuple(self._result(i, steps, weights) for i in range(len(weights) + len(self.diverged)))
-
-    def _result(self, index: int, steps: int, weights: dict[int, str]) -> RunResult:
-        points = [
-            (step, values[place[0]])
-            for step, members, values in self.curves
-            if len(place := np.flatnonzero(members == index))
-        ]
-        taken = np.array([step for step, _ in points], dtype=np.int64)
-        table = np.array([values for _, values in points]).reshape(len(points), len(METRICS))
-        divergence = self.diverged.get(index)
-        return RunResult(
-            index=index,
-            steps=steps if divergence is None else _updates_before(divergence),
-            metrics={} if divergence else dict(zip(METRICS, table[-1].tolist(), strict=True)),
-            curve_steps=taken,
-            curves={name: table[:, k].astype(np.float32) for k, name in enumerate(METRICS)},
-            weights_digest=weights.get(index, ""),
-            divergence=divergence,
-        )
-
-
-class BatchStream:
-    """Each seed's batches, an epoch at a time."""
-
-    def __init__(self, seeds: tuple[int, ...], samples: int, batch_size: int, device: torch.device) -> None:
-        self.seeds, self.samples, self.batch_size, self.device = seeds, samples, batch_size, device
-        self.per_epoch = samples // batch_size
-        self._epoch = -1
-        self._batches = torch.empty(0)
-
-    def at(self, update: int) -> Tensor:
-        """Return the (G, B) sample indices of update number `update`, counted from 0."""
-        epoch, place = divmod(update, self.per_epoch)
-        if epoch != self._epoch:
-            drawn = [rng.epoch_batches(seed, epoch, self.samples, self.batch_size) for seed in self.seeds]
-            self._batches = torch.from_numpy(np.stack(drawn)).to(self.device)
-            self._epoch = epoch
-        return self._batches[:, place]
-
-
-def evaluate(
-    layers: Network, controls: Controls, loss: Loss, inputs: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Measure every member on a whole set.
+    """A pack in training. Drive it by `train`.
 
     Args:
-        layers: the nets.
-        controls: u_t, each (R, o_t, ī_t).
-        loss: φ.
-        inputs: (N, n_0).
-        targets: (N,).
+        runs: at least one, of one pack key.
+        data: the dataset.
+        device: where to train.
+        lanes: whether the fast path may be taken where there is one; without, all is done by tensors.
+        threads: of the fast path; the tensor path has one.
 
-    Returns:
-        Mean loss and accuracy in percent, each (R,) float64.
+    Attributes:
+        step: updates done.
+        diverged: why runs left, by place.
     """
-    members = controls[0].shape[0]
-    total = torch.zeros(members, dtype=torch.float64, device=inputs.device)
-    right = torch.zeros_like(total)
-    for start in range(0, len(inputs), EVAL_CHUNK):
-        x = inputs[start : start + EVAL_CHUNK].expand(members, -1, -1)
-        y = targets[start : start + EVAL_CHUNK].expand(members, -1)
-        logits = predict(layers, controls, x)
-        total += loss.value(logits, y).sum(dim=-1, dtype=torch.float64)
-        right += (logits.argmax(dim=-1) == y).sum(dim=-1)
-    return total / len(inputs), right * (100.0 / len(inputs))
+
+    def __init__(
+        self,
+        runs: Sequence[RunConfig],
+        data: Dataset,
+        device: torch.device,
+        *,
+        lanes: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        first = runs[0]
+        if len({run.pack_key() for run in runs}) != 1:
+            raise ConfigError("runs", len(runs), "runs of one pack_key")
+        samples, batch_size = len(data.train_targets), first.training.batch_size
+        if batch_size > samples:
+            raise ConfigError("training.batch_size", batch_size, f"at most {samples}, the training set")
+        self.runs, self.training, self.device = tuple(runs), first.training, device
+        self.train_set = _on_device(data.train_inputs, data.train_targets, first, device)
+        self.test_set = _on_device(data.test_inputs, data.test_targets, first, device)
+        usable = library(first.dtype) if lanes and device.type == "cpu" else None
+        self.parts = _parts(runs, data, device, usable, threads or torch.get_num_threads())
+        self.batches = BatchStream(distinct_seeds(runs), samples, batch_size, device)
+        self.step = 0
+        self._updates = 64
+        self._last_point = 0
+        self.train_curves, self.test_curves = Curves(TRAIN_METRICS), Curves(TEST_METRICS)
+        self.diverged: dict[int, Divergence] = {}
+        self.cancelled: dict[int, int] = {}
+        self.key = key_of(
+            runs,
+            *(str(NUMERICS_VERSION), torch.__version__, str(device), data.checksum),
+            usable.name if usable else "tensors",
+        )
+
+    @property
+    def active(self) -> int:
+        """Count the members that have not left."""
+        return sum(len(part.index) for part in self.parts)
+
+    def advance(self, to: int) -> None:
+        """Do all updates up to number `to`."""
+        for _ in self.stretches(to):
+            pass
+
+    def stretches(self, to: int) -> Iterator[None]:
+        """Do all updates up to number `to`, coming up for air after each stretch."""
+        while self.step < to and self.parts:
+            self._advance(min(to, self.step + self._updates))
+            yield
+
+    @_on_one_thread
+    def _advance(self, to: int) -> None:
+        """Do the updates up to number `to`, or to the end of the epoch."""
+        started = time.monotonic()
+        stretch = self.batches.stretch(self.step + 1, to)
+        for part in self.parts:
+            self.diverged.update(part.advance(stretch, self.train_set))
+        self._shrink()
+        self.step = stretch.last
+        self._adapt(stretch.last - stretch.first + 1, time.monotonic() - started)
+
+    def _adapt(self, updates: int, seconds: float) -> None:
+        # How updates are cut into stretches changes nothing in the numbers.
+        if seconds > LONGEST_STRETCH_S:
+            self._updates = max(1, updates // 2)
+        elif seconds < LONGEST_STRETCH_S / 4 and updates == self._updates:
+            self._updates *= 2
+
+    @_on_one_thread
+    def take_metrics(self) -> None:
+        """Add the points of the curves that belong to this step; members with non-finite numbers leave."""
+        if self.training.takes_train_metrics(self.step):
+            if self.training.train_metrics == "full":
+                self._take(self.train_curves, lambda part: part.measure(self.train_set))
+            else:
+                updates = self.step - self._last_point
+                self._take(self.train_curves, lambda part: part.take_running(updates))
+        if self.training.takes_test_metrics(self.step):
+            self._take(self.test_curves, lambda part: part.measure(self.test_set))
+        self._last_point = self.step
+
+    def _take(self, curves: Curves, measure: Callable[[Part], Tensor]) -> None:
+        for part in self.parts:
+            values = measure(part).numpy(force=True)
+            finite = np.isfinite(values).all(axis=1)
+            if finite.any():
+                curves.points.append((self.step, part.index[finite].copy(), values[finite]))
+            for row in np.flatnonzero(~finite):
+                column = int(np.flatnonzero(~np.isfinite(values[row]))[0])
+                kind = non_finite_kind(float(values[row, column]))
+                place = int(part.index[row])
+                self.diverged[place] = Divergence(self.step, curves.names[column], kind, None)
+            if not finite.all():
+                part.select(finite)
+        self._shrink()
+
+    def cancel(self, places: Collection[int]) -> None:
+        """Let runs leave the pack; those that have left already are ignored."""
+        for part in self.parts:
+            going = np.isin(part.index, list(places))
+            if going.any():
+                self.cancelled.update(dict.fromkeys(part.index[going].tolist(), self.step))
+                part.select(~going)
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Let go of parts and seeds without members."""
+        self.parts = [part for part in self.parts if len(part.index)]
+        self.batches.used = {self.runs[place].seed for part in self.parts for place in part.index}
+
+    # --- single members ---
+
+    def controls_of(self, place: int) -> list[Tensor]:
+        """Return a copy of a member's u_t, each (o_t, ī_t)."""
+        part, row = self._find(place)
+        return [u[row] for u in part.controls()]
+
+    def set_controls_of(self, place: int, controls: Sequence[Tensor]) -> None:
+        """Put other u_t, each (o_t, ī_t), in the place of a member's."""
+        part, row = self._find(place)
+        changed = part.controls()
+        for u, new in zip(changed, controls, strict=True):
+            u[row] = new
+        part.set_controls(changed)
+
+    def _find(self, place: int) -> tuple[Part, int]:
+        for part in self.parts:
+            if len(row := np.flatnonzero(part.index == place)):
+                return part, int(row[0])
+        raise ConfigError("place", place, "that of a run still in training")
+
+    # --- checkpoints ---
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write all that the rest of the training depends on.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        checkpoints.save(
+            self.key,
+            {
+                "step": self.step,
+                "last_point": self._last_point,
+                "parts": [
+                    {"index": torch.from_numpy(part.index.copy()), "state": part.state()}
+                    for part in self.parts
+                ],
+                "curves": [
+                    [
+                        (step, torch.from_numpy(places), torch.from_numpy(values))
+                        for step, places, values in c.points
+                    ]
+                    for c in (self.train_curves, self.test_curves)
+                ],
+                "diverged": {place: asdict(found) for place, found in self.diverged.items()},
+                "cancelled": self.cancelled,
+            },
+        )
+
+    def resume(self, checkpoints: Checkpoints) -> bool:
+        """Go on from where this very pack was saved; false if there is no such file."""
+        state = checkpoints.load(self.key)
+        if state is None:
+            return False
+        remaining = {tuple(own["index"].tolist()): own["state"] for own in state["parts"]}
+        present = np.array([place for places in remaining for place in places], dtype=np.int64)
+        for part in self.parts:
+            part.select(np.isin(part.index, present))
+        self._shrink()
+        for part in self.parts:
+            part.load_state(remaining[tuple(part.index.tolist())])
+        self.step, self._last_point = state["step"], state["last_point"]
+        for curves, points in zip((self.train_curves, self.test_curves), state["curves"], strict=True):
+            curves.points = [(step, places.numpy(), values.numpy()) for step, places, values in points]
+        self.diverged = {place: Divergence(**found) for place, found in state["diverged"].items()}
+        self.cancelled = state["cancelled"]
+        return True
+
+    # --- results ---
+
+    def results(self) -> tuple[RunResult, ...]:
+        """Return one result per run, in the order in which the runs were handed in."""
+        digests = {
+            int(place): _digest(part.controls(), row)
+            for part in self.parts
+            for row, place in enumerate(part.index)
+        }
+        return tuple(self._result(place, digests) for place in range(len(self.runs)))
+
+    def _result(self, place: int, digests: Mapping[int, str]) -> RunResult:
+        (train_steps, train_values), (test_steps, test_values) = (
+            curves.of(place) for curves in (self.train_curves, self.test_curves)
+        )
+        divergence, cancelled = self.diverged.get(place), self.cancelled.get(place)
+        table = dict(zip(METRICS, (*train_values.T, *test_values.T), strict=True))
+        done = divergence is None and cancelled is None
+        return RunResult(
+            index=place,
+            steps=self._steps(divergence, cancelled),
+            metrics={name: float(values[-1]) for name, values in table.items()} if done else {},
+            curve_steps=train_steps,
+            test_steps=test_steps,
+            curves={name: _as_curve(values) for name, values in table.items()},
+            weights_digest=digests.get(place, ""),
+            divergence=divergence,
+            cancelled=cancelled is not None,
+        )
+
+    def _steps(self, divergence: Divergence | None, cancelled: int | None) -> int:
+        """Count the updates that a run has done: a batch loss that is not finite forbids its own."""
+        if divergence is not None:
+            return divergence.step - (divergence.quantity == "batch_loss")
+        return self.step if cancelled is None else cancelled
 
 
-def _updates_before(divergence: Divergence) -> int:
-    """Count the updates that a diverged run has done: a batch loss that is not finite forbids its own."""
-    return divergence.step - (divergence.quantity == "batch_loss")
+def _parts(
+    runs: Sequence[RunConfig],
+    data: Dataset,
+    device: torch.device,
+    usable: Library | None,
+    threads: int,
+) -> list[Part]:
+    """Sort the runs by how they train: in lanes where that is possible, else as tensors."""
+    first, seeds = runs[0], distinct_seeds(runs)
+    classes = int(data.train_targets.max()) + 1
+    shapes = first.model.layers(data.shape, classes)
+    net = network(first.model, data.shape, classes)
+    fast = [i for i, run in enumerate(runs) if usable and rules.trains(run, shapes)]
+    slow = [i for i in range(len(runs)) if i not in set(fast)]
+    parts: list[Part] = []
+    if usable and fast:
+        parts.append(LanePart(usable, [runs[i] for i in fast], fast, seeds, net, shapes, threads))
+    if slow:
+        measuring = None
+        if usable and rules.measures(first.model, shapes):
+            measuring = compiled_net(usable, first.model, shapes, first.loss, first.dtype)
+        running = first.training.train_metrics == "running"
+        chosen = [runs[i] for i in slow]
+        parts.append(
+            TensorPart(chosen, slow, seeds, net, shapes, device, running=running, measuring=measuring)
+        )
+    return parts
 
 
-def _digest(controls: list[Tensor]) -> str:
+def _on_device(
+    inputs: NDArray[Any], targets: NDArray[np.int64], run: RunConfig, device: torch.device
+) -> Samples:
+    return Samples(
+        torch.from_numpy(inputs).to(device=device, dtype=DTYPES[run.dtype]).contiguous(),
+        torch.from_numpy(targets).to(device=device),
+    )
+
+
+def _as_curve(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # a loss beyond float32 is infinite in a picture
+        return values.astype(np.float32)
+
+
+def _digest(controls: Controls, row: int) -> str:
     digest = hashlib.sha256()
     for u in controls:
-        digest.update(u.numpy(force=True).tobytes())
+        digest.update(u[row].contiguous().numpy(force=True).tobytes())
     return digest.hexdigest()

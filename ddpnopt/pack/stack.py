@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Final
 
 import numpy as np
 import torch
@@ -19,12 +18,11 @@ from ddpnopt.config import LayerShape, RunConfig
 from ddpnopt.errors import ConfigError
 from ddpnopt.layers.losses import LOSSES
 from ddpnopt.layers.network import Controls, Network, Trajectory
+from ddpnopt.linalg import DTYPES
 from ddpnopt.optimizers import Members, Optimizer
 from ddpnopt.optimizers.base import Blame, blame, finite_members
 from ddpnopt.pack import rng
 from ddpnopt.rates import Rates
-
-DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(slots=True)
@@ -89,7 +87,12 @@ class Stack:
 
 
 def stack(
-    runs: Sequence[RunConfig], network: Network, layers: Sequence[LayerShape], device: torch.device
+    runs: Sequence[RunConfig],
+    network: Network,
+    layers: Sequence[LayerShape],
+    device: torch.device,
+    places: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Stack:
     """Build a pack's starting state.
 
@@ -98,6 +101,8 @@ def stack(
         network: the nets' layers.
         layers: the sizes of those with controls.
         device: where it trains.
+        places: each run's place in a larger sequence; if not given, in `runs`.
+        seeds: all that `seed_row` points into; if not given, the runs' own.
 
     Raises:
         ConfigError: if the runs cannot share a pack.
@@ -107,17 +112,27 @@ def stack(
     if len({run.pack_key() for run in runs}) != 1:
         raise ConfigError("runs", len(runs), "runs of one pack_key")
     order = sorted(range(len(runs)), key=lambda i: (repr(_group_key(runs[i])), i))
-    seeds = tuple(sorted({run.seed for run in runs}))
+    seeds = tuple(seeds or distinct_seeds(runs))
     dtype = DTYPES[runs[0].dtype]
-    rows = {seed: row for row, seed in enumerate(seeds)}
-    seed_row = torch.tensor([rows[runs[i].seed] for i in order], device=device)
-    per_seed = [rng.initial_controls(seed, layers) for seed in seeds]
-    controls = [
-        torch.from_numpy(np.stack([u[t] for u in per_seed])).to(device=device, dtype=dtype)[seed_row]
+    seed_row = torch.tensor([seeds.index(runs[i].seed) for i in order], device=device)
+    controls = [u.to(device) for u in initial_controls([runs[i] for i in order], layers)]
+    index = torch.tensor([i if places is None else places[i] for i in order], device=device)
+    return Stack(index, seed_row, seeds, controls, _groups(runs, order, network, dtype, device))
+
+
+def distinct_seeds(runs: Sequence[RunConfig]) -> tuple[int, ...]:
+    """Return the runs' seeds, each once, in order."""
+    return tuple(sorted({run.seed for run in runs}))
+
+
+def initial_controls(runs: Sequence[RunConfig], layers: Sequence[LayerShape]) -> Controls:
+    """Return the u_t that each run starts from, each (R, o_t, ī_t), on the host."""
+    per_seed = {seed: rng.initial_controls(seed, layers) for seed in distinct_seeds(runs)}
+    dtype = DTYPES[runs[0].dtype]
+    return [
+        torch.from_numpy(np.stack([per_seed[run.seed][t] for run in runs])).to(dtype)
         for t in range(len(layers))
     ]
-    index = torch.tensor(order, device=device)
-    return Stack(index, seed_row, seeds, controls, _groups(runs, order, network, dtype, device))
 
 
 def _group_key(run: RunConfig) -> tuple[object, ...]:
@@ -135,12 +150,12 @@ def _groups(
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device).reshape(-1, 1, 1)
 
-        options = first.optimizer.options
+        options = [run.optimizer.options for run in members]
         rates = Rates(
             column([run.optimizer.learning_rate for run in members]),
             column([run.optimizer.vxx_reg or 0.0 for run in members]),
-            column([options.weight_decay] * len(members)) if options.weight_decay else None,
-            options.momentum,
+            column([o.weight_decay for o in options]) if options[0].weight_decay else None,
+            column([o.momentum for o in options]) if options[0].momentum else None,
         )
         every = (rates,) * len(network.stages)
         optimizer = optimizers.make(Members(first.optimizer, network, LOSSES[first.loss], every))

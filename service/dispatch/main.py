@@ -45,10 +45,17 @@ def run(settings: Settings, owner: str) -> None:
     engine = open_engine(settings.resolved_database_url())
     schema.check(engine)
     # Here and not at the top: importing Ray takes a second and changes signal handlers.
+    from workers.protocol import WorkerOptions
     from workers.ray_executor import RayExecutor
 
+    checkpoints = settings.checkpoint_folder()
+    options = WorkerOptions(
+        memory=settings.machine().slot_memory,
+        checkpoints=None if checkpoints is None else str(checkpoints),
+        checkpoint_every=settings.checkpoint_every,
+    )
     try:
-        executor = RayExecutor(settings.ray_address, settings.slots)
+        executor = RayExecutor(settings.ray_address, settings.slots, options)
     except (ConnectionError, RuntimeError) as error:
         raise SetupError(f"no Ray at {settings.ray_address or 'this machine'}: {error}") from error
     for number in (signal.SIGTERM, signal.SIGINT):

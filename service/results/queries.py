@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from sqlalchemy import Connection, and_, select
 
-from ddpnopt.results import METRICS
+from ddpnopt.results import METRICS, TEST_METRICS
 from service.db.tables import curves, grids, packs, results, runs
 from service.errors import FieldError, InvalidInputError
 from service.results.statistics import Heatmap, Outcome, cells
@@ -169,7 +169,7 @@ def curve_list(
     check_metric(metric)
     spec = sweep_queries.spec_of(connection, sweep_id)
     position = choose_grid(spec, baseline, grid)
-    steps = tuple(curve_steps(spec))
+    steps = tuple(curve_steps(spec, metric))
     rows = connection.execute(
         select(runs.c.id, runs.c.method, runs.c.learning_rate, runs.c.vxx_reg, runs.c.seed, curves.c.points)
         .join(grids, grids.c.id == runs.c.grid_id)
@@ -186,8 +186,8 @@ def curve_list(
     return found
 
 
-def curve_steps(spec: SweepSpec) -> Iterator[int]:
-    """Yield the steps at which a run's metrics are taken: 0, every `eval_every`, and the last."""
+def curve_steps(spec: SweepSpec, metric: str) -> Iterator[int]:
+    """Yield the steps at which a run's metric is taken."""
     training = spec.training.resolved()
-    yield from range(0, training.steps, training.eval_every)
-    yield training.steps
+    taken = training.takes_test_metrics if metric in TEST_METRICS else training.takes_train_metrics
+    return filter(taken, training.points())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from service.errors import FieldError, InvalidInputError
 from service.http import Reading, RequestBody, Writing, problems
@@ -28,9 +28,9 @@ SPEC_BODY: Final[dict[str, Any]] = {
 }
 
 
-def _planned(body: RequestBody) -> tuple[SweepSpec, Plan]:
+def _planned(body: RequestBody, request: Request) -> tuple[SweepSpec, Plan]:
     spec = body.spec()
-    return spec, plan(spec)
+    return spec, plan(spec, request.app.state.device)
 
 
 # Stands before the transaction among an endpoint's arguments: checking a large spec must not keep SQLite's

@@ -1,25 +1,36 @@
-"""From a spec to runs and packs. Pure: the same spec gives the same runs in the same packs."""
+"""From a spec to runs and packs. Pure: the same spec and device give the same runs in the same packs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final
 
 from ddpnopt import config
 from ddpnopt.datasets.catalog import CATALOG
+from ddpnopt.lanes import rules as lanes
+from ddpnopt.lanes.rules import NUMBER_BYTES
 from service.errors import FieldError, InvalidInputError
 from service.sweeps import estimate
+from service.sweeps.device import Device
 from service.sweeps.estimate import Layer, Method
 from service.sweeps.spec import GridSpec, SweepSpec
 
 PACK_RUNS: Final = 64
-"""Most runs of a pack. On a CPU the time per run and step falls little beyond; smaller packs fill more cores
-and show the first row of a heatmap sooner."""
+"""Most runs of a pack on a core, as tensors: beyond, the time per run and step falls little, and what a pack
+holds leaves the caches. Nor are smaller packs made to fill more cores."""
 
-PACK_BYTES: Final = 2 * 2**30
-"""Memory that a pack may take by the estimate."""
+LANE_PACK_RUNS: Final = 256
+"""The same in lanes, whose time does not fall beyond a block; larger packs only fill the last block better,
+and smaller ones show the first row of a heatmap sooner."""
+
+GPU_PACK_RUNS: Final = 10_000
+"""The same on a GPU, which needs thousands of small nets to be busy."""
+
+MEMORY_MARGIN: Final = 1.25
+"""What is planned for may be this much larger than the estimate: its error, by tests and benchmarks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +56,12 @@ class Plan:
     Attributes:
         packs: the runs of each pack, in the order in which the engine gets them.
         seconds: estimated device time on one CPU core.
+        at_once: packs that the device trains at a time.
     """
 
     packs: tuple[tuple[PlannedRun, ...], ...]
     seconds: float
+    at_once: int
 
     @property
     def runs_total(self) -> int:
@@ -61,35 +74,83 @@ def expand(spec: SweepSpec) -> Iterator[tuple[PlannedRun, ...]]:
 
     The baseline is one run for the whole row, since it does not depend on ε.
     """
-    seeds = spec.seed_list()
-    for position, grid in enumerate(spec.grids):
-        for learning_rate in grid.learning_rate:
-            for seed in seeds:
-                baseline = PlannedRun(position, "baseline", learning_rate, None, seed)
-                partners = (
-                    PlannedRun(position, "ddpnopt", learning_rate, vxx_reg, seed) for vxx_reg in grid.vxx_reg
-                )
-                yield (baseline, *partners)
+    for position in range(len(spec.grids)):
+        yield from _bundles(spec, position)
 
 
-def plan(spec: SweepSpec) -> Plan:
-    """Choose the packs: whole bundles in order, in packs of nearly equal size.
+def _bundles(spec: SweepSpec, position: int) -> Iterator[tuple[PlannedRun, ...]]:
+    grid = spec.grids[position]
+    for learning_rate in grid.learning_rate:
+        for seed in spec.seed_list():
+            baseline = PlannedRun(position, "baseline", learning_rate, None, seed)
+            partners = (
+                PlannedRun(position, "ddpnopt", learning_rate, vxx_reg, seed) for vxx_reg in grid.vxx_reg
+            )
+            yield (baseline, *partners)
+
+
+def plan(spec: SweepSpec, device: Device | None = None) -> Plan:
+    """Choose the packs: whole bundles in order, in packs of nearly equal size, enough of them for all slots.
+
+    All runs of a sweep may share a pack; grids that want packs of different sizes do not.
+
+    Args:
+        spec: the sweep.
+        device: what they will train on; two cores with 4 GiB if nothing else is said.
 
     Raises:
         InvalidInputError: if a single run is too large.
     """
-    size = min(PACK_RUNS, _runs_in_memory(spec))
-    bundles: list[tuple[PlannedRun, ...]] = []
-    for bundle in expand(spec):
-        bundles.extend(bundle[i : i + size] for i in range(0, len(bundle), size))
-    packs = math.ceil(sum(map(len, bundles)) / size)
-    target = math.ceil(sum(map(len, bundles)) / packs)
-    chosen: list[list[PlannedRun]] = [[]]
+    device = device or Device()
+    packs: list[tuple[PlannedRun, ...]] = []
+    for size, positions in groupby(range(len(spec.grids)), key=lambda p: _most_runs(spec, p, device)):
+        bundles: list[tuple[PlannedRun, ...]] = []
+        for position in positions:
+            for bundle in _bundles(spec, position):
+                bundles.extend(bundle[i : i + size] for i in range(0, len(bundle), size))
+        packs.extend(_packed(bundles, size, device.slots))
+    return Plan(tuple(packs), _seconds(spec), device.slots)
+
+
+def _packed(
+    bundles: Sequence[tuple[PlannedRun, ...]], size: int, slots: int
+) -> Iterator[tuple[PlannedRun, ...]]:
+    """Put bundles into as few packs of at most `size` runs as keep all slots busy."""
+    total = sum(map(len, bundles))
+    count = max(math.ceil(total / size), min(slots, total // PACK_RUNS))
+    if count > slots:  # as many in the last round as in the others
+        count = math.ceil(count / slots) * slots
+    pack: list[PlannedRun] = []
+    placed = closed = 0
     for bundle in bundles:
-        if chosen[-1] and len(chosen[-1]) + len(bundle) > min(size, max(target, len(bundle))):
-            chosen.append([])
-        chosen[-1].extend(bundle)
-    return Plan(tuple(map(tuple, chosen)), _seconds(spec))
+        # Cut at the whole shares of the total, or where nothing more fits.
+        if pack and (placed * count >= total * (closed + 1) or len(pack) + len(bundle) > size):
+            yield tuple(pack)
+            pack, closed = [], closed + 1
+        pack.extend(bundle)
+        placed += len(bundle)
+    yield tuple(pack)
+
+
+def _most_runs(spec: SweepSpec, position: int, device: Device) -> int:
+    """Return how many runs of a grid a pack may have at the most.
+
+    Raises:
+        InvalidInputError: if a single one takes more memory than there is.
+    """
+    in_memory = _runs_in_memory(spec, position, device)
+    if device.kind == "gpu":
+        return min(GPU_PACK_RUNS, in_memory)
+    lanes = all(_in_lanes(spec, position, method) for method in ("baseline", "ddpnopt"))
+    return min(LANE_PACK_RUNS if lanes else PACK_RUNS, in_memory)
+
+
+def _in_lanes(spec: SweepSpec, position: int, method: config.Method) -> bool:
+    """Tell whether a grid's runs of a method train in lanes, where the workers have them."""
+    grid = spec.grids[position]
+    vxx_reg = None if method == "baseline" else grid.vxx_reg[0]
+    run = spec.run_config(position, method, grid.learning_rate[0], vxx_reg, 0)
+    return lanes.trains(run, spec.layers())
 
 
 def _net(spec: SweepSpec) -> tuple[Layer, ...]:
@@ -103,28 +164,30 @@ def _methods(spec: SweepSpec, grid: GridSpec) -> tuple[Method, Method]:
     return Method.of(grid.baseline, options, None), Method.of(grid.baseline, options, feedback)
 
 
-def _runs_in_memory(spec: SweepSpec) -> int:
-    """Return how many runs of the hungriest kind fit a pack.
+def _runs_in_memory(spec: SweepSpec, position: int, device: Device) -> int:
+    """Return how many runs of a grid's hungrier kind fit a slot's memory.
 
     Raises:
         InvalidInputError: if a single one does not.
     """
-    net, size = _net(spec), 8 if spec.dtype == "float64" else 4
+    net, batch, size = _net(spec), spec.training.batch_size, NUMBER_BYTES[spec.dtype]
+    limit = int(device.slot_memory / MEMORY_MARGIN)
     most = 0
-    for position, grid in enumerate(spec.grids):
-        for method in _methods(spec, grid):
-            needed = size * estimate.numbers(net, spec.training.batch_size, method)
-            if needed > PACK_BYTES:
-                thrifty = size * estimate.numbers(net, spec.training.batch_size, method.as_outer_product())
-                raise InvalidInputError([_too_large(spec, position, method, needed, thrifty)])
-            most = max(most, needed)
-    return PACK_BYTES // most
+    for method in _methods(spec, spec.grids[position]):
+        needed = size * estimate.numbers(net, batch, method)
+        if needed > limit:
+            thrifty = size * estimate.numbers(net, batch, method.as_outer_product())
+            raise InvalidInputError([_too_large(spec, position, method, needed, thrifty, limit)])
+        most = max(most, needed)
+    return limit // most
 
 
-def _too_large(spec: SweepSpec, position: int, method: Method, needed: int, thrifty: int) -> FieldError:
+def _too_large(
+    spec: SweepSpec, position: int, method: Method, needed: int, thrifty: int, most: int
+) -> FieldError:
     """Say which option to change: that of a full V_xx if an outer product would fit, else the net."""
-    limit = f"a run may take {PACK_BYTES >> 20} MiB, this one needs {needed >> 20}"
-    if not method.full or thrifty > PACK_BYTES:
+    limit = f"a run may take {most >> 20} MiB, this one needs {needed >> 20}"
+    if not method.full or thrifty > most:
         net = f"hidden {spec.model.hidden} with batch_size {spec.training.batch_size}"
         if spec.model.channels:
             net = f"channels {spec.model.channels}, {net}"

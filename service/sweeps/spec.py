@@ -96,11 +96,26 @@ class ModelSpec(_Model):
 
 
 class TrainingSpec(_Model):
-    """How long and on what batches; `eval_every` steps lie between two points of the curves."""
+    """How long, on what batches, and when what is measured; see `ddpnopt.config.TrainingConfig`."""
 
     steps: Annotated[int, Field(ge=1, le=config.MAX_STEPS)]
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
-    eval_every: Annotated[int, Field(ge=1, le=config.MAX_STEPS)] | None = None
+    eval_every: Annotated[
+        int | None,
+        Field(ge=1, le=config.MAX_STEPS, description="steps between two points of the curves"),
+    ] = None
+    test_every: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=config.MAX_STEPS,
+            description="the same of the test set's metrics, a multiple of eval_every",
+        ),
+    ] = None
+    train_metrics: Annotated[
+        config.TrainMetrics,
+        Field(description="over the whole training set, or running means over the batches"),
+    ] = "full"
 
     @model_validator(mode="after")
     def _curves_fit(self) -> TrainingSpec:
@@ -113,10 +128,18 @@ class TrainingSpec(_Model):
             )
         return self
 
+    @model_validator(mode="after")
+    def _possible(self) -> TrainingSpec:
+        try:
+            self.resolved()
+        except ConfigError as error:
+            raise _refused(error, "training") from error
+        return self
+
     def resolved(self) -> config.TrainingConfig:
         """Return the configuration, with about `CURVE_POINTS` points a curve if nothing else is said."""
         every = self.eval_every or math.ceil(self.steps / CURVE_POINTS)
-        return config.TrainingConfig(self.steps, self.batch_size, every)
+        return config.TrainingConfig(self.steps, self.batch_size, every, self.test_every, self.train_metrics)
 
 
 class FeedbackSpec(_Model):

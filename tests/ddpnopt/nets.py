@@ -96,7 +96,7 @@ class Case:
             column(self.learning_rate),
             column(self.vxx_reg),
             column((decay,) * RUNS) if decay else None,
-            self.options.momentum,
+            column((self.options.momentum,) * RUNS) if self.options.momentum else None,
         )
         return Members(config, network, LOSSES[self.loss], (rates,) * len(network.stages))
 

@@ -107,8 +107,7 @@ def results(runs: Sequence[RunConfig], data: Dataset | None = None) -> tuple[Run
 def updates(trainer: Trainer, steps: int) -> Iterator[int]:
     """Drive a trainer by hand, yielding after each update."""
     for step in range(1, steps + 1):
-        with torch.inference_mode():
-            trainer.update(step)
+        trainer.advance(step)
         yield step
 
 
@@ -118,6 +117,7 @@ def bits(result: RunResult) -> dict[str, Any]:
         "index": None,
         "metrics": {name: value.hex() for name, value in result.metrics.items()},
         "curve_steps": result.curve_steps.tolist(),
+        "test_steps": result.test_steps.tolist(),
         "curves": {name: curve.tobytes() for name, curve in result.curves.items()},
     }
 

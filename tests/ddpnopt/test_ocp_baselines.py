@@ -136,7 +136,7 @@ def pack(
         column([rate * (1 + 0.25 * r) for r in range(runs)]),
         column([0.0] * runs),
         column([decay] * runs) if decay else None,
-        config.options.momentum,
+        column([config.options.momentum] * runs) if config.options.momentum else None,
     )
     members = Members(config, converted[0].network, LOSSES[loss], (rates,) * len(controls))
     inputs = torch.randn(runs, batch, *shape, generator=generator, dtype=torch.float64).to(dtype)

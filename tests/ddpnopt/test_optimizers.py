@@ -73,8 +73,7 @@ def trainer(runs: list[RunConfig]) -> Trainer:
 
 def controls_of(pack: Trainer, index: int) -> list[Tensor]:
     """The weights of the run that was handed in at that place."""
-    row = pack.stack.index.tolist().index(index)
-    return [u[row] for u in pack.stack.controls]
+    return pack.controls_of(index)
 
 
 def assert_equal_controls(actual: list[Tensor], expected: list[Tensor], relative: float, what: str) -> None:
@@ -426,9 +425,8 @@ def test_kfac_of_a_dead_layer_is_finite():
     """All gradients of a layer vanish: no ratio says how the factors share the damping."""
     one = run(baseline("kfac", 0.1), activation="relu", hidden=(3,))
     pack = trainer([one])
-    with torch.inference_mode():
-        pack.stack.controls[0].fill_(-100.0)
-        pack.train_set[0].abs_()
+    pack.set_controls_of(0, [torch.full_like(pack.controls_of(0)[0], -100.0), *pack.controls_of(0)[1:]])
+    pack.train_set.inputs.abs_()
     before = [u.clone() for u in controls_of(pack, 0)]
     for _ in updates(pack, 3):
         pass

@@ -1,4 +1,7 @@
-"""Packs: a run's bits are its own, divergence stays with who diverges, and the loop counts right."""
+"""Packs: a run's bits are its own, divergence stays with who diverges, and the loop counts right.
+
+Everything twice: with lanes where there are some, and with tensors alone.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpnopt.config import ModelConfig, OptimizerConfig, RunConfig
+from ddpnopt.config import EVAL_CHUNK, ModelConfig, OptimizerConfig, RunConfig
 from ddpnopt.datasets.load import Dataset, load
 from ddpnopt.errors import ConfigError
 from ddpnopt.linalg import bmm
 from ddpnopt.models import network
 from ddpnopt.pack import engine, rng
-from ddpnopt.pack.engine import BatchStream, Trainer, train
+from ddpnopt.pack.batches import BatchStream
+from ddpnopt.pack.engine import Trainer, train
 from ddpnopt.pack.stack import stack
 from ddpnopt.results import METRICS, Finished, Progress, RunResult
 from tests.ddpnopt.problems import (
@@ -38,6 +43,19 @@ from tests.ddpnopt.problems import (
 )
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["lanes", "tensors"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How runs train that could train in lanes."""
+    if request.param == "tensors":
+        monkeypatch.setattr(engine, "library", lambda dtype: None)
+    elif engine.library("float32") is None:
+        pytest.skip("no C compiler")
+    chosen: str = request.param
+    return chosen
+
+
 DATA = toy()
 WIDE = toy(samples=60, features=33)
 IMAGES = toy(samples=60, features=36, shape=(1, 6, 6))
@@ -68,6 +86,8 @@ SHAPES = {
     },
 }
 
+NO_LANES = ("gelu", "cnn")
+
 OPTIMIZERS = {"sgd": sgd(), **{name: ddpnopt(options=options) for name, options in FEEDBACKS.items()}}
 EVERY = {
     **OPTIMIZERS,
@@ -93,7 +113,7 @@ def members(shape: str) -> list[RunConfig]:
 
 
 @cache
-def alone(shape: str) -> list[RunResult]:
+def alone(shape: str, path: str) -> list[RunResult]:
     return [results([one], data_of(shape))[0] for one in members(shape)]
 
 
@@ -122,17 +142,13 @@ def assert_same_bits(actual: Sequence[RunResult], expected: Sequence[RunResult])
     derandomize=True,
     database=None,
     phases=(Phase.explicit, Phase.generate),  # shrinking would take minutes
+    suppress_health_check=(HealthCheck.function_scoped_fixture,),
 )
-def test_any_pack_gives_what_each_run_gives_alone(shape, chosen, threads):
-    """Packs of any size, order and mix, with members twice, on one thread or two.
-
-    Convolutions and eigenvectors come from libraries that round by how many threads they have; workers
-    train on one.
-    """
-    if threads > 1:
-        chosen = [i for i in chosen if not members(shape)[i].optimizer.baseline.endswith("kfac")] or [0]
-    threads = 1 if "channels" in SHAPES[shape] else threads
-    expected = [alone(shape)[i] for i in chosen]
+def test_any_pack_gives_what_each_run_gives_alone(path, shape, chosen, threads):
+    """Packs of any size, order and mix, with members twice, on one thread or two."""
+    if path == "lanes" and shape in NO_LANES:
+        pytest.skip("all of it is tensors")
+    expected = [alone(shape, path)[i] for i in chosen]
     runs = [members(shape)[i] for i in chosen]
     torch.set_num_threads(threads)
     try:
@@ -151,9 +167,14 @@ def fig4a(steps: int) -> list[RunConfig]:
     return [run(optimizer, seed, **shape) for seed in range(10) for optimizer in optimizers]
 
 
-@pytest.fixture(scope="module")
-def fig4a_alone():
+@cache
+def alone_in_fig4a(path: str) -> list[dict[str, Any]]:
     return [bits(results([one])[0]) for one in fig4a(steps=30)]
+
+
+@pytest.fixture
+def fig4a_alone(path):
+    return alone_in_fig4a(path)
 
 
 @pytest.mark.parametrize("size", [64, 200])
@@ -229,24 +250,21 @@ def test_a_run_that_blows_up_is_diverged_and_alone_in_that(place):
 
 def poison(trainer: Trainer, index: int, number: float) -> None:
     """Put a number into a bias of the last layer of a run, so that every sample meets it."""
-    row = trainer.stack.index.tolist().index(index)
-    with torch.inference_mode():
-        trainer.stack.controls[-1][row, 0, -1] = number
+    controls = trainer.controls_of(index)
+    controls[-1][0, -1] = number
+    trainer.set_controls_of(index, controls)
 
 
 def trained_by_hand(runs: list[RunConfig], poisons: dict[tuple[int, int], float]) -> tuple[RunResult, ...]:
     """Train as `train` does, putting numbers into runs' weights; the keys are (after update, run)."""
     trainer, training = Trainer(runs, DATA, CPU), runs[0].training
-    with torch.inference_mode():
-        trainer.take_metrics(0)
+    trainer.take_metrics()
     for step in updates(trainer, training.steps):
         for (update, index), number in poisons.items():
             if update == step:
                 poison(trainer, index, number)
-        if step % training.eval_every == 0 or step == training.steps:
-            with torch.inference_mode():
-                trainer.take_metrics(step)
-    return trainer.results(training.steps)
+        trainer.take_metrics()
+    return trainer.results()
 
 
 ALL = [run(optimizer, seed) for seed, optimizer in product((0, 1), OPTIMIZERS.values())]
@@ -295,11 +313,8 @@ def test_the_last_finite_loss_is_that_of_the_batch_before():
     trainer, index = Trainer(ALL, DATA, CPU), 3
     for step in updates(trainer, 7):
         if step == 5:
-            row = trainer.stack.index.tolist().index(index)
             rows = rng.epoch_batches(ALL[index].seed, 5 // 3, 60, 16)[5 % 3]
-            logits = plain_logits(
-                [u[row] for u in trainer.stack.controls], torch.from_numpy(DATA.train_inputs[rows])
-            )
+            logits = plain_logits(trainer.controls_of(index), torch.from_numpy(DATA.train_inputs[rows]))
             expected = float(nn.functional.cross_entropy(logits, torch.from_numpy(DATA.train_targets[rows])))
         if step == 6:
             poison(trainer, index, np.nan)
@@ -308,16 +323,23 @@ def test_the_last_finite_loss_is_that_of_the_batch_before():
 
 
 def test_the_last_finite_loss_is_the_runs_own_after_another_has_left():
-    trainer = Trainer(ALL, DATA, CPU)
+    runs = [replace(one, training=replace(one.training, eval_every=1)) for one in ALL]
+    losses = {}
+    for i, one in enumerate(runs):
+        alone = Trainer([one], DATA, CPU)
+        for _ in updates(alone, 1):
+            poison(alone, 0, np.nan)
+        alone.advance(2)
+        losses[i] = alone.diverged[0].last_finite
+    trainer = Trainer(runs, DATA, CPU)
     for step in updates(trainer, 2):
         if step == 1:
-            losses = dict(zip(trainer.stack.index.tolist(), trainer.last_loss.tolist(), strict=True))
             poison(trainer, 0, np.nan)
-            with torch.inference_mode():
-                trainer.take_metrics(1)
+            trainer.take_metrics()
             assert trainer.diverged[0].quantity == "train_loss"
             for index in range(1, len(ALL)):
                 poison(trainer, index, np.nan)
+    assert None not in losses.values()
     assert {i: d.last_finite for i, d in trainer.diverged.items() if i > 0} == {
         i: loss for i, loss in losses.items() if i > 0
     }
@@ -329,17 +351,16 @@ def test_runs_that_fail_different_metrics_at_one_point_keep_them_apart():
     far[7] = 1e30
     runs = [run(sgd(), seed, hidden=(), dtype="float32") for seed in range(6)]
     trainer = Trainer(runs, replace(DATA, test_inputs=far), CPU)
-    with torch.inference_mode():
-        trainer.stack.controls[0][1] = 3e38
-        trainer.stack.controls[0][3] *= 1e10
-        trainer.stack.controls[0][4] *= 1e10
-        trainer.take_metrics(0)
+    for place, factor in ((1, np.inf), (3, 1e10), (4, 1e10)):
+        (u,) = trainer.controls_of(place)
+        trainer.set_controls_of(place, [torch.full_like(u, 3e38) if place == 1 else u * factor])
+    trainer.take_metrics()
     assert {i: d.quantity for i, d in trainer.diverged.items()} == {
         1: "train_loss",
         3: "test_loss",
         4: "test_loss",
     }
-    assert trainer.stack.index.tolist() == [0, 2, 5]
+    assert [place for part in trainer.parts for place in part.index.tolist()] == [0, 2, 5]
 
 
 def test_several_leave_at_once_and_one_by_one():
@@ -360,7 +381,7 @@ def test_a_metric_that_is_not_finite_ends_its_run():
     (found,) = results([run(sgd())], replace(DATA, test_inputs=far))
     assert found.divergence is not None
     assert (found.divergence.step, found.divergence.quantity) == (0, "test_loss")
-    assert found.curve_steps.tolist() == []
+    assert (found.curve_steps.tolist(), found.test_steps.tolist()) == ([0], [])
 
 
 def test_a_pack_of_which_nothing_is_left_ends_early():
@@ -393,7 +414,10 @@ def test_batches_follow_one_another_through_the_epochs():
     stream = BatchStream(seeds, samples=23, batch_size=4, device=CPU)
     for update in [*range(12), 2]:
         expected = [rng.epoch_batches(seed, update // 5, 23, 4)[update % 5] for seed in seeds]
-        assert stream.at(update).tolist() == np.stack(expected).tolist()
+        stretch = stream.stretch(update + 1, 100)
+        assert stretch.last == 5 * (update // 5 + 1)
+        assert stretch.rows(update + 1).tolist() == np.stack(expected).tolist()
+        assert stretch.rows(stretch.last).tolist() == stretch.batches[:, -1].tolist()
 
 
 def test_a_pair_shares_batches_and_initial_weights_and_other_seeds_do_not():
@@ -467,18 +491,16 @@ def test_points_of_the_curves(steps, every, points):
 def test_metrics_are_those_of_a_plain_evaluation():
     """On more samples than are evaluated at once, with an odd rest."""
     data = load("digits")
-    assert len(data.train_targets) % engine.EVAL_CHUNK > 0
+    assert len(data.train_targets) % EVAL_CHUNK > 0
     runs = [
         run(optimizer, dataset="digits", steps=20, eval_every=5) for optimizer in (sgd(0.3), ddpnopt(0.3))
     ]
     trainer = Trainer(runs, data, CPU)
     for _ in updates(trainer, 20):
         pass
-    with torch.inference_mode():
-        trainer.take_metrics(20)
-    for result in trainer.results(20):
-        row = trainer.stack.index.tolist().index(result.index)
-        own = [u[row] for u in trainer.stack.controls]
+    trainer.take_metrics()
+    for result in trainer.results():
+        own = trainer.controls_of(result.index)
         for part, names in (("train", METRICS[:2]), ("test", METRICS[2:])):
             x = torch.from_numpy(getattr(data, f"{part}_inputs"))
             y = torch.from_numpy(getattr(data, f"{part}_targets"))
@@ -497,7 +519,7 @@ def test_the_digest_is_of_the_final_weights():
     trainer = Trainer(runs[:1], DATA, CPU)
     for _ in updates(trainer, 10):
         pass
-    weights = b"".join(u[0].numpy().tobytes() for u in trainer.stack.controls)
+    weights = b"".join(u.numpy().tobytes() for u in trainer.controls_of(0))
     assert digests[0] == hashlib.sha256(weights).hexdigest()
 
 

@@ -20,6 +20,7 @@ from ddpnopt import BaselineOptimizer, DDPNOpt
 from ddpnopt.config import PRECONDITIONER_OF, BaselineOptions, FeedbackConfig, OptimizerConfig, RunConfig
 from ddpnopt.errors import ConfigError
 from ddpnopt.layers.losses import max_mahalanobis_centers
+from ddpnopt.linalg import DTYPES
 from ddpnopt.models import sequential
 from ddpnopt.optimizers import OPTIMIZERS
 from ddpnopt.pack.engine import Trainer
@@ -302,19 +303,19 @@ def test_it_is_a_pack_of_one_bit_for_bit(name, setting):
     if name.startswith("vanilla_ddp") and "cnn" in setting:
         pytest.skip("vanilla DDP is for fully connected layers alone")
     run, data = rounds(ENGINE[name], **SETTINGS[setting])
-    pack = Trainer([run], data, torch.device("cpu"))
-    dtype = pack.dtype
+    pack = Trainer([run], data, torch.device("cpu"), lanes=False)
+    dtype = DTYPES[run.dtype]
     model = sequential(run.model, data.shape, 3).to(dtype)
-    load_controls(model, pack.stack.controls)
+    load_controls(model, pack.parts[0].controls())
     optimizer = same(run.optimizer, model, run.loss)
     inputs = torch.from_numpy(data.train_inputs).to(dtype).reshape(-1, *data.shape)
     targets = torch.from_numpy(data.train_targets)
     for step in problems.updates(pack, 3):
-        rows = pack.batches.at(step - 1)[0]
+        rows = pack.batches.stretch(step, step).rows(step)[0]
         loss = optimizer.step(inputs[rows], targets[rows])
-        assert torch.equal(loss, pack.last_loss[0].clone()), f"loss of step {step}"
-        found = [slot.read() for slot in optimizer.slots]
-        assert_same_bits(found, [u.clone() for u in pack.stack.controls])
+        (part,) = pack.parts
+        assert torch.equal(loss, part.last_loss[0].clone()), f"loss of step {step}"
+        assert_same_bits([slot.read() for slot in optimizer.slots], part.controls())
 
 
 PEERS: dict[str, tuple[dict[str, Any], Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {

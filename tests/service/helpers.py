@@ -32,6 +32,7 @@ def result(index: int, value: float = 1.0, diverged: bool = False) -> RunResult:
         4,
         {} if diverged else dict.fromkeys(METRICS, value + index),
         points,
+        points,
         {name: np.array([3.0, np.nan, value], dtype=np.float32) for name in METRICS},
         "" if diverged else "d" * 64,
         Divergence(3, "batch_loss", "nan", 2.5) if diverged else None,

@@ -20,6 +20,7 @@ from service.config import MAX_BODY_BYTES, Settings
 from service.db.engine import write
 from service.db.tables import sweeps
 from service.dispatch import leases
+from service.sweeps.device import Device
 from service.sweeps.expand import Plan, plan
 from service.sweeps.spec import SweepSpec
 from tests.conftest import STORED_BEFORE
@@ -127,11 +128,11 @@ def test_checking_a_spec_does_not_keep_other_writers_waiting(
     """While one submit is being planned, another goes through: nothing holds SQLite's write lock yet."""
     planning, others_done = threading.Event(), threading.Event()
 
-    def slow_for_one(spec: SweepSpec) -> Plan:
+    def slow_for_one(spec: SweepSpec, device: Device) -> Plan:
         if spec.name == "slow":
             planning.set()
             assert others_done.wait(20)
-        return plan(spec)
+        return plan(spec, device)
 
     monkeypatch.setattr("service.sweeps.endpoints.plan", slow_for_one)
     slow: list[int] = []

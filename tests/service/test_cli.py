@@ -64,7 +64,7 @@ def test_show_tells_the_grids_apart(sweep_id: str) -> None:
 def test_validate_speaks_of_all_grids(sweep_id: str, tmp_path: Path, small_spec: dict[str, Any]) -> None:
     path = tmp_path / "spec.json"
     path.write_text(json.dumps(small_spec))
-    assert run("validate", str(path)).startswith("36 runs in 1 packs, 144 run-steps")
+    assert run("validate", str(path)).startswith("36 runs in 2 packs, 144 run-steps")
 
 
 def test_heatmap_takes_all_grids_unless_told(

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import InvalidInputError
+from service.sweeps.device import Device
 from service.sweeps.documents import parse_spec, parse_yaml
-from service.sweeps.expand import PACK_RUNS, expand, plan
+from service.sweeps.expand import GPU_PACK_RUNS, LANE_PACK_RUNS, PACK_RUNS, expand, plan
 from service.sweeps.spec import SweepSpec
 from tests.conftest import EXAMPLES, SMALL_SPEC
 
@@ -27,10 +28,13 @@ def specs(draw: st.DrawFn) -> SweepSpec:
     return parse_spec(SMALL_SPEC | {"seeds": seeds, "grids": draw(st.lists(grid, min_size=1, max_size=3))})
 
 
-@given(specs())
+devices = st.builds(Device, st.sampled_from(["cpu", "gpu"]), st.integers(1, 64), st.just(64 * 2**30))
+
+
+@given(specs(), devices)
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_every_run_is_planned_once_and_packs_are_even(spec: SweepSpec) -> None:
-    planned = [run for pack in plan(spec).packs for run in pack]
+def test_every_run_is_planned_once_and_no_pack_is_too_large(spec: SweepSpec, device: Device) -> None:
+    planned = [run for pack in plan(spec, device).packs for run in pack]
     wanted = Counter(
         (position, rate, vxx_reg, seed)
         for position, grid in enumerate(spec.grids)
@@ -40,8 +44,11 @@ def test_every_run_is_planned_once_and_packs_are_even(spec: SweepSpec) -> None:
     )
     assert Counter((r.grid, r.learning_rate, r.vxx_reg, r.seed) for r in planned) == wanted
     assert len(planned) == spec.runs_total()
-    assert max(map(len, plan(spec).packs)) <= PACK_RUNS
-    assert plan(spec) == plan(spec)
+    for pack in plan(spec, device).packs:
+        fast = {spec.grids[run.grid].baseline for run in pack} <= {"sgd", "rmsprop", "adam"}
+        most = LANE_PACK_RUNS if fast else PACK_RUNS
+        assert len(pack) <= (GPU_PACK_RUNS if device.kind == "gpu" else most)
+    assert plan(spec, device) == plan(spec, device)
 
 
 @given(specs())
@@ -62,18 +69,41 @@ def test_a_baseline_is_shared_by_its_row(small_spec: dict[str, Any]) -> None:
         assert len({(run.learning_rate, run.seed) for run in bundle}) == 1
 
 
-def test_fig_4a_is_one_pack_a_row() -> None:
+@pytest.mark.parametrize(
+    ("device", "sizes"),
+    [
+        (Device(cores=1), [200]),
+        (Device(cores=2), [100, 100]),
+        (Device(cores=3), [70, 65, 65]),
+        (Device(cores=16, memory=64 * 2**30), [70, 65, 65]),  # 16 packs would leave their lanes half empty
+        (Device("gpu", 1, 80 * 2**30), [200]),
+    ],
+)
+def test_fig_4a_fills_the_device(device: Device, sizes: list[int]) -> None:
     spec = parse_spec(parse_yaml((EXAMPLES / "digits-fig4a-sgd.yaml").read_bytes()))
-    packs = plan(spec).packs
-    assert [len(pack) for pack in packs] == [50, 50, 50, 50]
-    assert [{run.learning_rate for run in pack} for pack in packs] == [{0.4}, {0.6}, {0.7}, {0.8}]
+    assert [len(pack) for pack in plan(spec, device).packs] == sizes
+    assert plan(spec, device).at_once == (1 if device.kind == "gpu" else device.cores)
+
+
+def test_many_packs_are_a_whole_number_of_rounds(small_spec: dict[str, Any]) -> None:
+    small_spec |= {"seeds": 300}
+    packs = plan(parse_spec(small_spec), Device(cores=4)).packs
+    assert len(packs) == 8
+    assert max(map(len, packs)) - min(map(len, packs)) <= 15
+
+
+def test_little_memory_makes_small_packs(small_spec: dict[str, Any]) -> None:
+    small_spec |= {"seeds": 100}
+    whole = parse_spec(small_spec)
+    sizes = [max(map(len, plan(whole, Device(cores=1, memory=m * 2**20)).packs)) for m in (4, 8, 1024)]
+    assert 1 < sizes[0] < sizes[1] < sizes[2]
 
 
 def test_a_row_wider_than_a_pack_is_cut(small_spec: dict[str, Any]) -> None:
     small_spec["grids"][0]["vxx_reg"] = [k * 1e-6 for k in range(1, 200)]
     packs = plan(parse_spec(small_spec)).packs
     assert sum(map(len, packs)) == 2 * 3 * 200
-    assert max(map(len, packs)) <= PACK_RUNS
+    assert max(map(len, packs)) <= LANE_PACK_RUNS
 
 
 def test_large_nets_get_small_packs(small_spec: dict[str, Any]) -> None:
@@ -88,8 +118,9 @@ def test_the_whole_of_fig_4a() -> None:
     packs = plan(spec).packs
     assert [grid.baseline for grid in spec.grids] == ["sgd", "rmsprop", "ekfac"]
     assert [len(grid.learning_rate) * len(grid.vxx_reg) for grid in spec.grids] == [16, 16, 16]
-    assert sum(map(len, packs)) == 600
-    assert max(map(len, packs)) <= PACK_RUNS
+    assert [len(pack) for pack in packs] == [200, 200, 50, 50, 50, 50]
+    assert {run.grid for run in packs[0]} == {0}
+    assert {run.grid for pack in packs[2:] for run in pack} == {2}
     configs = [
         spec.run_config(r.grid, r.method, r.learning_rate, r.vxx_reg, r.seed) for p in packs for r in p
     ]

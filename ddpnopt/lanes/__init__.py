@@ -1,0 +1,1 @@
+"""Lanes: a fast path for small fully connected nets, many steps of a block of runs in one native call."""
