@@ -238,8 +238,10 @@ def _copied(rates: Rates) -> Rates:
 
 
 def _own(inverse: FactoredInverse) -> FactoredInverse:
-    parts = (inverse.inputs, inverse.outputs, inverse.scale)
-    return FactoredInverse(*(None if part is None else part.clone() for part in parts))
+    inputs, outputs, scale = (
+        None if part is None else part.clone() for part in (inverse.inputs, inverse.outputs, inverse.scale)
+    )
+    return FactoredInverse(inputs, outputs, scale, inverse.rest)
 
 
 def policy_spectrum(inspection: Inspection, layer: int = -1, side: Side = "state") -> Tensor:

@@ -6,7 +6,9 @@ constant one, n block of a layer's controls (a run, or a run and a group of its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
 
@@ -98,26 +100,71 @@ def eye_like(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
+Eigensolver = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+"""Takes symmetric, finite matrices (N, n, n); returns eigenvalues (N, n) and eigenvectors as columns
+(N, n, n), in any order, or None where others should solve them."""
+
+_eigensolver: ContextVar[Eigensolver | None] = ContextVar("eigensolver", default=None)
+
+
+@contextmanager
+def eigensolver(solver: Eigensolver | None) -> Iterator[None]:
+    """Let a faster solver than LAPACK find the eigenvectors of symmetric matrices."""
+    token = _eigensolver.set(solver)
+    try:
+        yield
+    finally:
+        _eigensolver.reset(token)
+
+
 def eigenvectors(symmetric: Tensor) -> Tensor:
     """Return the eigenvectors of symmetric matrices (N, n, n), as columns (N, n, n).
 
     A member that is not finite yields NaN of its own: torch.linalg.eigh raises for the whole batch.
     """
+    return _eigh(symmetric)[1]
+
+
+def eigenbasis(rows: Tensor) -> Tensor:
+    """Return the eigenvectors of Σ_k r_k r_kᵀ, for rows (N, K, n), as columns (N, n, min(K, n)).
+
+    Where there are fewer rows than entries, those of non-zero eigenvalues alone, by way of the rows' (K, K)
+    Gram matrix, whose eigenvalues are the same: what is orthogonal to all rows is left out. Columns of
+    eigenvalues that are rounding errors are zero. A member that is not finite yields NaN of its own.
+    """
+    if rows.shape[1] >= rows.shape[2]:
+        return eigenvectors(bmm(rows.mT, rows))
+    values, vectors = _eigh(bmm(rows, rows.mT))
+    cutoff = values.amax(dim=1, keepdim=True) * (rows.shape[1] * torch.finfo(rows.dtype).eps)
+    lengths = torch.where(values > cutoff, values.clamp_min(0).rsqrt(), values * 0)
+    return bmm(rows.mT, vectors) * lengths.unsqueeze(1)
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (N, n) and eigenvectors (N, n, n); NaN for a member that is not finite."""
     finite = torch.isfinite(symmetric).flatten(1).all(dim=1).reshape(-1, 1, 1)
     safe = torch.where(finite, symmetric, eye_like(symmetric))
-    try:
-        vectors: Tensor = torch.linalg.eigh(safe)[1]
-    except LinAlgError:
-        vectors = torch.stack([_eigenvectors_of_one(matrix) for matrix in safe])
-    return torch.where(finite, vectors, torch.nan)
+    solver = _eigensolver.get()
+    values, vectors = (None if solver is None else solver(safe)) or _eigh_by_lapack(safe)
+    return torch.where(finite.squeeze(2), values, torch.nan), torch.where(finite, vectors, torch.nan)
 
 
-def _eigenvectors_of_one(symmetric: Tensor) -> Tensor:
+def _eigh_by_lapack(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     try:
-        vectors: Tensor = torch.linalg.eigh(symmetric)[1]
+        values, vectors = torch.linalg.eigh(symmetric)
     except LinAlgError:
-        return torch.full_like(symmetric, torch.nan)
-    return vectors
+        each = [_eigh_of_one(matrix) for matrix in symmetric]
+        values, vectors = (torch.stack(parts) for parts in zip(*each, strict=True))
+    return values, vectors
+
+
+def _eigh_of_one(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except LinAlgError:
+        nan = torch.full_like(symmetric, torch.nan)
+        return nan[:, 0], nan
+    return values, vectors
 
 
 def inverse_root(positive: Tensor) -> Tensor:
@@ -132,30 +179,34 @@ def inverse_root(positive: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FactoredInverse:
-    """The inverse preconditioner of a layer, M⁻¹ = (U_o ⊗ U_i) diag(m) (U_o ⊗ U_i)ᵀ on controls (o, ī).
+    """The inverse preconditioner of a layer, M⁻¹ = c I + (U_o ⊗ U_i) diag(m) (U_o ⊗ U_i)ᵀ on controls (o, ī).
 
     One form for all of Table 2: M = I leaves everything None; a diagonal M has m = 1/M alone; KFAC has
-    U Uᵀ equal to the inverse of its damped factor and no m; EKFAC has the eigenbases and m.
+    U Uᵀ equal to the inverse of its damped factor and no m; EKFAC has the eigenbases and m. Where these do
+    not span all controls, M is the damping 1/c beside them, and m what M⁻¹ differs by from c along them.
 
     Attributes:
-        inputs: U_i, (N, ī, ī); None is the identity.
-        outputs: U_o, (N, o, o); None if and only if `inputs` is.
-        scale: m, (N, o, ī); None is one.
+        inputs: U_i, (N, ī, p); None is the identity.
+        outputs: U_o, (N, o, q); None if and only if `inputs` is.
+        scale: m, (N, q, p), or (N, o, ī) without bases; None is one.
+        rest: c; None is zero.
     """
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     scale: Tensor | None = None
+    rest: float | None = None
 
     def apply(self, direction: Tensor) -> Tensor:
         """Return M⁻¹ d for d (…, o, ī), whose leading dimensions make up the N blocks, in order."""
         if self.inputs is None or self.outputs is None:
             return direction if self.scale is None else direction * self.scale
-        blocks = direction.reshape(len(self.inputs), self.outputs.shape[-1], self.inputs.shape[-1])
+        blocks = direction.reshape(len(self.inputs), self.outputs.shape[1], self.inputs.shape[1])
         rotated = bmm(bmm(self.outputs.mT, blocks), self.inputs)
         if self.scale is not None:
             rotated = rotated * self.scale
-        return bmm(bmm(self.outputs, rotated), self.inputs.mT).reshape(direction.shape)
+        found = bmm(bmm(self.outputs, rotated), self.inputs.mT).reshape(direction.shape)
+        return found if self.rest is None else found + self.rest * direction
 
     def apply_per_sample(self, directions: Tensor) -> Tensor:
         """Return M⁻¹ d for d (N, K, o, ī)."""
@@ -165,10 +216,11 @@ class FactoredInverse:
         if self.inputs is None or self.outputs is None:
             return rotated
         by_inputs = rows_matmul(rotated, self.inputs.mT)
-        return rows_matmul(by_inputs.mT, self.outputs.mT).mT
+        found = rows_matmul(by_inputs.mT, self.outputs.mT).mT
+        return found if self.rest is None else found + self.rest * directions
 
     def rotate(self, directions: Tensor) -> Tensor:
-        """Return U_oᵀ d U_i for d (N, K, o, ī), in whose coordinates M⁻¹ is diag(m)."""
+        """Return U_oᵀ d U_i for d (N, K, o, ī), in whose coordinates M⁻¹ - c I is diag(m)."""
         if self.inputs is None or self.outputs is None:
             return directions
         return rows_matmul(rows_matmul(directions, self.inputs).mT, self.outputs).mT

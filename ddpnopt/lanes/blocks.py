@@ -100,15 +100,10 @@ class Blocks:
         self._blocks = [self._block(i) for i in range(self._count)]
 
     def _to_lanes(self, values: Tensor) -> Tensor:
-        """Return (R, C) as (blocks, C, lanes); lanes without a run hold zeros."""
-        lanes = self.compiled.library.lanes
-        padded = values.new_zeros(self._count * lanes, values.shape[1])
-        padded[: self.size] = values
-        return padded.reshape(self._count, lanes, values.shape[1]).transpose(1, 2).contiguous()
+        return to_lanes(values, self.compiled.library.lanes)
 
     def _from_lanes(self, blocked: Tensor) -> Tensor:
-        """Return (blocks, C, lanes) as (R, C)."""
-        return blocked.transpose(1, 2).flatten(0, 1)[: self.size]
+        return from_lanes(blocked, self.size)
 
     def _block(self, i: int) -> Block:
         block = Block(
@@ -228,11 +223,7 @@ def measure(compiled: Compiled, u: Tensor, inputs: Tensor, targets: Tensor) -> t
     Returns:
         Mean loss and accuracy in percent, each (R,) float64.
     """
-    lanes = compiled.library.lanes
-    count = -(-len(u) // lanes)
-    padded = u.new_zeros(count * lanes, u.shape[1])
-    padded[: len(u)] = u
-    blocks = padded.reshape(count, lanes, -1).transpose(1, 2).contiguous()
+    blocks = to_lanes(u, compiled.library.lanes)
     return _measured(compiled, list(blocks), len(u), inputs, targets, 1)
 
 
@@ -270,6 +261,19 @@ def _each(call: Callable[[int], T], count: int, threads: int) -> list[T]:
     if threads == 1 or count == 1:
         return [call(i) for i in range(count)]
     return list(_threads(threads).map(call, range(count)))
+
+
+def to_lanes(values: Tensor, lanes: int) -> Tensor:
+    """Return (R, C) as (blocks, C, lanes), in memory of its own; lanes without a run hold zeros."""
+    blocks = -(-len(values) // lanes)
+    padded = values.new_zeros(blocks * lanes, values.shape[1])
+    padded[: len(values)] = values
+    return padded.reshape(blocks, lanes, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def from_lanes(blocked: Tensor, size: int) -> Tensor:
+    """Return (blocks, C, lanes) as the (R, C) of its first `size` runs."""
+    return blocked.transpose(1, 2).flatten(0, 1)[:size]
 
 
 def entries(controls: Sequence[Tensor]) -> Tensor:

@@ -954,3 +954,61 @@ void evaluate(const program *p, const vec *u, vec *space, const real *inputs, co
         }
     }
 }
+
+/* --- eigenvectors of small symmetric matrices --- */
+
+#ifdef DOUBLE
+#define UNIT_ROUNDOFF 1.1102230246251565e-16
+#else
+#define UNIT_ROUNDOFF 5.9604644775390625e-08f
+#endif
+#define MOST_SWEEPS 30
+
+/* Rotate p and q so that a_pq becomes zero (Golub & Van Loan, Matrix Computations, section 8.5), in the lanes where it
+ * is not below rounding; the numbers of the others stay as they are. Returns whether there was one. */
+INLINE int rotate(int n, int row, vec *a, vec *v, int p, int q) {
+    const vec zero = splat(0), app = a[p * row + p], aqq = a[q * row + q], apq = a[p * row + q];
+    const vec both = app * aqq, limit = choose(both < zero, -both, both) * (real)(UNIT_ROUNDOFF * UNIT_ROUNDOFF);
+    const ivec needed = apq * apq > limit;
+    if (!any(needed)) return 0;
+    const vec theta = (aqq - app) / (apq + apq);
+    vec t = (real)1 / (choose(theta < zero, -theta, theta) + vsqrt(theta * theta + (real)1));
+    t = choose(theta < zero, -t, t);
+    t = choose(needed, t, zero);
+    const vec c = (real)1 / vsqrt(t * t + (real)1), s = t * c;
+    for (int k = 0; k < n; k++) {
+        const vec left = a[p * row + k], right = a[q * row + k];
+        a[p * row + k] = a[k * row + p] = c * left - s * right;
+        a[q * row + k] = a[k * row + q] = s * left + c * right;
+        const vec v_left = v[p * row + k], v_right = v[q * row + k];
+        v[p * row + k] = c * v_left - s * v_right;
+        v[q * row + k] = s * v_left + c * v_right;
+    }
+    a[p * row + p] = app - t * apq;
+    a[q * row + q] = aqq + t * apq;
+    a[p * row + q] = a[q * row + p] = choose(needed, zero, apq);
+    return 1;
+}
+
+/* Eigenvectors of a block's matrices a[n][row], which are overwritten, as the rows of v[n][row], and their values[n],
+ * in no order: cyclic Jacobi, until a sweep finds nothing to rotate. An odd `row` of at least n keeps the
+ * columns from falling into the same sets of the cache. */
+void eigh(int32_t n, int32_t row, vec *a, vec *v, vec *values) {
+    vec most = splat(0);
+    for (int p = 0; p < n; p++)
+        for (int k = 0; k < n; k++)
+            most = vmax(choose(a[p * row + k] < splat(0), -a[p * row + k], a[p * row + k]), most);
+    const vec scale = choose(most > splat(0), most, splat(1));
+    for (int p = 0; p < n; p++)
+        for (int k = 0; k < n; k++) {
+            a[p * row + k] /= scale;
+            v[p * row + k] = splat(p == k);
+        }
+    int rotations = 1;
+    for (int sweep = 0; rotations && sweep < MOST_SWEEPS; sweep++) {
+        rotations = 0;
+        for (int p = 0; p < n; p++)
+            for (int q = p + 1; q < n; q++) rotations += rotate(n, row, a, v, p, q);
+    }
+    for (int p = 0; p < n; p++) values[p] = a[p * row + p] * scale;
+}

@@ -161,7 +161,8 @@ def _loaded(path: Path) -> ctypes.CDLL:
     functions = ctypes.CDLL(str(path))
     functions.lanes.restype = functions.real_bytes.restype = c_int32
     functions.workspace.restype = functions.controls.restype = functions.train.restype = c_int64
-    functions.evaluate.restype = None
+    functions.evaluate.restype = functions.eigh.restype = None
+    functions.eigh.argtypes = [c_int32, c_int32, c_void_p, c_void_p, c_void_p]
     for function in (functions.workspace, functions.controls):
         function.argtypes = [POINTER(Program)]
     functions.train.argtypes = [

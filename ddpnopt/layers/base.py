@@ -159,6 +159,10 @@ class Affine(Protocol):
         """Return the Kronecker factors E[x̄ x̄ᵀ] (N, ī, ī) and E[V_h V_hᵀ] (N, o, o)."""
         ...
 
+    def covariance_rows(self, V_h: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows (N, K, ī) and (N, K', o), whose outer products add up to the factors, unscaled."""
+        ...
+
     def contraction(self, inputs: Tensor, u: Tensor, inverse: FactoredInverse, rate: Tensor) -> Contraction:
         """Return S for M⁻¹ and η (R, 1, 1)."""
         ...

@@ -53,10 +53,15 @@ class PositionContraction:
     def forms(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Contraction.forms`: q_uᵀ M⁻¹ q_u and q_uᵀ M⁻¹ Q_u (Eq. 17)."""
         gradients = self.layer.per_sample_gradients(rows, self.inputs)  # (N, B, 2, o, ī)
-        rotated = self.inverse.rotate(gradients.flatten(1, 2)).reshape(gradients.shape)
+        rotated = self.inverse.rotate(gradients.flatten(1, 2)).unflatten(1, gradients.shape[1:3])
         Q_u, q_u = rotated.unbind(dim=2)
         weighted = q_u if self.inverse.scale is None else q_u * self.inverse.scale.unsqueeze(1)
-        return self._per_sample(weighted * q_u), self._per_sample(weighted * Q_u)
+        c, overlap = self._per_sample(weighted * q_u), self._per_sample(weighted * Q_u)
+        rest = self.inverse.rest
+        if rest is None:
+            return c, overlap
+        Q_u, q_u = gradients.unbind(dim=2)
+        return c + rest * self._per_sample(q_u * q_u), overlap + rest * self._per_sample(q_u * Q_u)
 
     def _per_sample(self, products: Tensor) -> Tensor:
         runs, batch = self.inputs.shape[:2]
@@ -72,13 +77,18 @@ class PositionContraction:
             patches = torch.einsum("nji,nbjp->nbip", inverse.inputs, patches)
         if inverse.scale is None:
             gram = torch.einsum("nbip,nbiq->nbpq", patches, patches).unsqueeze(2)
-            gram = gram.expand(-1, -1, outputs, -1, -1)
+            gram = gram.expand(
+                -1, -1, outputs if inverse.outputs is None else inverse.outputs.shape[2], -1, -1
+            )
         else:
-            scale = inverse.scale.reshape(len(patches), outputs, -1)
+            scale = inverse.scale.reshape(len(patches), -1, patches.shape[2])
             gram = torch.einsum("noi,nbip,nbiq->nbopq", scale, patches, patches)
-        basis = linalg.eye_like(gram.new_empty(outputs, outputs)) if inverse.outputs is None else None
-        basis = basis.expand(len(patches), -1, -1) if basis is not None else inverse.outputs
+        eye = linalg.eye_like(gram.new_empty(outputs, outputs))
+        basis = eye.expand(len(patches), -1, -1) if inverse.outputs is None else inverse.outputs
         blocks = torch.einsum("noa,nca,nbapq->nbopcq", basis, basis, gram)
+        if inverse.rest is not None:
+            whole = layer.patches(self.inputs)
+            blocks = blocks + inverse.rest * torch.einsum("oc,nbip,nbiq->nbopcq", eye, whole, whole)
         blocks = blocks.reshape(runs, layer.groups, batch, outputs * positions, outputs * positions)
         groups = linalg.eye_like(gram.new_empty(layer.groups, layer.groups))
         matrix = torch.einsum("rgbuv,gh->rbguhv", blocks, groups)
@@ -194,10 +204,15 @@ class Conv2d:
 
     def covariances(self, V_h: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See `Affine.covariances`."""
+        x, v = self.covariance_rows(V_h, inputs)
+        batch = inputs.shape[1]
+        return linalg.bmm(x.mT, x) / batch, linalg.bmm(v.mT, v) / v.shape[1]
+
+    def covariance_rows(self, V_h: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Affine.covariance_rows`: a row for each sample and position."""
         patches, v = self.patches(inputs), self.blocks(V_h.unsqueeze(2)).squeeze(2)
-        batch, positions = v.shape[1], v.shape[-1]
-        x_flat, v_flat = (a.transpose(1, 2).flatten(2) for a in (patches, v))  # (N, ·, B·P)
-        return linalg.bmm(x_flat, x_flat.mT) / batch, linalg.bmm(v_flat, v_flat.mT) / (batch * positions)
+        x_flat, v_flat = (a.transpose(1, 2).flatten(2).mT for a in (patches, v))  # (N, B·P, ·)
+        return x_flat, v_flat
 
     def contraction(
         self, inputs: Tensor, u: Tensor, inverse: FactoredInverse, rate: Tensor

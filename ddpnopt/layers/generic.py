@@ -194,6 +194,10 @@ class FunctionAffine:
         """See `Affine.covariances`."""
         refuse("Kronecker factors")
 
+    def covariance_rows(self, V_h: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Affine.covariance_rows`."""
+        refuse("Kronecker factors")
+
     def contraction(
         self, inputs: Tensor, u: Tensor, inverse: FactoredInverse, rate: Tensor
     ) -> GradientContraction:

@@ -1,9 +1,9 @@
 """The affine layer h = u x̄ = W x + b, with u = [W, b] and x̄ = [x, 1], for a pack of runs.
 
 Everything of Eq. 13 follows from g_uᵀ v = v x̄ᵀ and g_xᵀ v = Wᵀ v, and nothing of size (controls × states) is
-built: contracting x̄ ⊗ x̄ with M⁻¹ = (U_o ⊗ U_i) diag(m) (U_o ⊗ U_i)ᵀ leaves
+built: contracting x̄ ⊗ x̄ with M⁻¹ = c I + (U_o ⊗ U_i) diag(m) (U_o ⊗ U_i)ᵀ leaves
 
-    S = η U_o diag(s) U_oᵀ,   s_a = Σ_b m_ab (U_iᵀ x̄)_b²
+    S = η (c |x̄|² I + U_o diag(s) U_oᵀ),   s_a = Σ_b m_ab (U_iᵀ x̄)_b²
 
 Index legend: r run in the pack, b sample, k row, i inputs, ī inputs and the constant one, o outputs.
 """
@@ -25,30 +25,39 @@ from ddpnopt.linalg import FactoredInverse
 
 @dataclass(slots=True)
 class RankOneContraction:
-    """S = U_o diag(s) U_oᵀ of one layer.
+    """S = r I + U_o diag(s) U_oᵀ of one layer.
 
     Attributes:
-        s: η included, broadcastable to (R, B, o).
-        outputs: U_o, (R, o, o); None is the identity.
+        s: η included, broadcastable to (R, B, q).
+        outputs: U_o, (R, o, q); None is the identity.
+        rest: r = η c |x̄|², (R, B, 1); None is zero.
     """
 
     s: Tensor
     outputs: Tensor | None
+    rest: Tensor | None = None
 
     def apply(self, columns: Tensor) -> Tensor:
         """See `Contraction.apply`."""
         if self.outputs is None:
             return self.s.unsqueeze(-1) * columns
         rotated = linalg.rows_matmul(columns.mT, self.outputs) * self.s.unsqueeze(2)
-        return linalg.rows_matmul(rotated, self.outputs.mT).mT
+        found = linalg.rows_matmul(rotated, self.outputs.mT).mT
+        return found if self.rest is None else found + self.rest.unsqueeze(-1) * columns
 
     def forms(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Contraction.forms`."""
-        if self.outputs is not None:
-            rows = linalg.rows_matmul(rows, self.outputs)
-        V_h, z_h = rows.unbind(2)
-        weighted = self.s * z_h
-        return (weighted * z_h).sum(-1, True), (weighted * V_h).sum(-1, True)
+        c, overlap = _forms(self.s, rows if self.outputs is None else linalg.rows_matmul(rows, self.outputs))
+        if self.rest is None:
+            return c, overlap
+        of_rest = _forms(self.rest, rows)
+        return c + of_rest[0], overlap + of_rest[1]
+
+
+def _forms(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    V_h, z_h = rows.unbind(2)
+    weighted = weights * z_h
+    return (weighted * z_h).sum(-1, True), (weighted * V_h).sum(-1, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +155,12 @@ class Linear:
 
     def covariances(self, V_h: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See `Affine.covariances` (Eq. 15)."""
-        batch, x_bar = V_h.shape[1], self.augment(inputs)
-        return linalg.bmm(x_bar.mT, x_bar) / batch, linalg.bmm(V_h.mT, V_h) / batch
+        x_bar, v = self.covariance_rows(V_h, inputs)
+        return linalg.bmm(x_bar.mT, x_bar) / x_bar.shape[1], linalg.bmm(v.mT, v) / v.shape[1]
+
+    def covariance_rows(self, V_h: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Affine.covariance_rows`: a row for each sample."""
+        return self.augment(inputs), V_h
 
     def contraction(
         self, inputs: Tensor, u: Tensor, inverse: FactoredInverse, rate: Tensor
@@ -164,7 +177,10 @@ class Linear:
             s = squares.sum(dim=-1, keepdim=True)
         else:
             s = linalg.bmm(squares, inverse.scale.mT)
-        return RankOneContraction(rate * s, inverse.outputs)
+        rest = None
+        if inverse.rest is not None:
+            rest = rate * inverse.rest * (x_bar * x_bar).sum(-1, True)
+        return RankOneContraction(rate * s, inverse.outputs, rest)
 
     def mixed_terms(
         self, V_h: Tensor, inputs: Tensor, u: Tensor, inverse: FactoredInverse, rate: Tensor
@@ -172,7 +188,7 @@ class Linear:
         """See `Affine.mixed_terms`.
 
         E[(o, j), i] = V_h[o] δ_ij (Eq. 27), so that C = η M⁻¹(V_h x̄ᵀ) without its bias column, and
-        N = η U_i diag(Σ_a m_ab (U_oᵀ V_h)_a²) U_iᵀ.
+        N = η (c |V_h|² I + U_i diag(Σ_a m_ab (U_oᵀ V_h)_a²) U_iᵀ).
         """
         x_bar = self.augment(inputs)
         outer = V_h.unsqueeze(-1) * x_bar.unsqueeze(-2)
@@ -180,13 +196,16 @@ class Linear:
         rotated = V_h if inverse.outputs is None else linalg.bmm(V_h, inverse.outputs)
         squares = rotated * rotated
         if inverse.scale is None:
-            weights = squares.sum(dim=-1, keepdim=True).expand(*x_bar.shape)
+            size = x_bar.shape[-1] if inverse.inputs is None else inverse.inputs.shape[-1]
+            weights = squares.sum(dim=-1, keepdim=True).expand(*x_bar.shape[:-1], size)
         else:
             weights = linalg.bmm(squares, inverse.scale)
         if inverse.inputs is None:
             N = torch.diag_embed(weights)
         else:
             N = linalg.rows_matmul(weights.unsqueeze(2) * inverse.inputs.unsqueeze(1), inverse.inputs.mT)
+        if inverse.rest is not None:
+            N.diagonal(dim1=-2, dim2=-1).add_(inverse.rest * (V_h * V_h).sum(-1, True))
         step = rate.unsqueeze(-1)
         features = self.shape(inputs)[0]
         return step * C[..., :features], step * N[..., :features, :features]

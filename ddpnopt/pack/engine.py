@@ -23,7 +23,6 @@ from ddpnopt.datasets.load import Dataset, load
 from ddpnopt.errors import ConfigError
 from ddpnopt.lanes import rules
 from ddpnopt.lanes.library import Library, library
-from ddpnopt.lanes.program import compiled_net
 from ddpnopt.layers.network import Controls
 from ddpnopt.linalg import DTYPES
 from ddpnopt.models import network
@@ -396,14 +395,9 @@ def _parts(
     if usable and fast:
         parts.append(LanePart(usable, [runs[i] for i in fast], fast, seeds, net, shapes, threads))
     if slow:
-        measuring = None
-        if usable and rules.measures(first.model, shapes):
-            measuring = compiled_net(usable, first.model, shapes, first.loss, first.dtype)
         running = first.training.train_metrics == "running"
         chosen = [runs[i] for i in slow]
-        parts.append(
-            TensorPart(chosen, slow, seeds, net, shapes, device, running=running, measuring=measuring)
-        )
+        parts.append(TensorPart(chosen, slow, seeds, net, shapes, device, running=running, library=usable))
     return parts
 
 

@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpnopt.config import EVAL_CHUNK, LayerShape, RunConfig
+from ddpnopt.lanes import rules
 from ddpnopt.lanes.blocks import entries, measure
-from ddpnopt.lanes.program import Compiled
+from ddpnopt.lanes.eigen import solver
+from ddpnopt.lanes.library import Library
+from ddpnopt.lanes.program import compiled_net
 from ddpnopt.layers.losses import LOSSES, Loss
 from ddpnopt.layers.network import Controls, Network, predict, rollout
+from ddpnopt.linalg import eigensolver
 from ddpnopt.pack.batches import Stretch
 from ddpnopt.pack.part import Samples
 from ddpnopt.pack.stack import Stack, stack
@@ -38,7 +42,8 @@ class TensorPart:
         shapes: the sizes of those with controls.
         device: where it trains.
         running: whether running means are kept.
-        measuring: the nets' program, where their metrics are taken in lanes.
+        library: the kernel, where there is one: it takes the metrics of small nets and finds the eigenvectors
+            of small matrices.
     """
 
     def __init__(
@@ -51,9 +56,14 @@ class TensorPart:
         device: torch.device,
         *,
         running: bool,
-        measuring: Compiled | None = None,
+        library: Library | None = None,
     ) -> None:
-        self.network, self.loss, self.measuring = network, LOSSES[runs[0].loss], measuring
+        first = runs[0]
+        self.network, self.loss = network, LOSSES[first.loss]
+        self._measuring = None
+        if library is not None and rules.measures(first.model, shapes):
+            self._measuring = compiled_net(library, first.model, shapes, first.loss, first.dtype)
+        self._eigensolver = None if library is None else solver(library)
         self.stack: Stack = stack(runs, network, shapes, device, places=places, seeds=seeds)
         members = len(self.stack.index)
         self.last_loss = self.stack.controls[0].new_full((members,), torch.nan)
@@ -71,10 +81,11 @@ class TensorPart:
     def advance(self, stretch: Stretch, train_set: Samples) -> Mapping[int, Divergence]:
         """See `Part.advance`."""
         left: dict[int, Divergence] = {}
-        for update in range(stretch.first, stretch.last + 1):
-            if len(self.stack.index) == 0:
-                break
-            self._update(update, stretch.rows(update)[self.stack.seed_row], train_set, left)
+        with eigensolver(self._eigensolver):
+            for update in range(stretch.first, stretch.last + 1):
+                if len(self.stack.index) == 0:
+                    break
+                self._update(update, stretch.rows(update)[self.stack.seed_row], train_set, left)
         return left
 
     def _update(self, step: int, rows: Tensor, train_set: Samples, left: dict[int, Divergence]) -> None:
@@ -113,9 +124,9 @@ class TensorPart:
     @torch.inference_mode()
     def measure(self, samples: Samples) -> Tensor:
         """See `Part.measure`."""
-        if self.measuring is not None:
+        if self._measuring is not None:
             u = entries(self.stack.controls)
-            return torch.stack(measure(self.measuring, u, samples.inputs, samples.targets), dim=1)
+            return torch.stack(measure(self._measuring, u, samples.inputs, samples.targets), dim=1)
         return torch.stack(evaluate(self.network, self.stack.controls, self.loss, samples), dim=1)
 
     @torch.inference_mode()

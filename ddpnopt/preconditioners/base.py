@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpnopt.config import BaselineOptions, Convention
 from ddpnopt.layers.base import Affine
-from ddpnopt.linalg import FactoredInverse
+from ddpnopt.linalg import FactoredInverse, eigenbasis
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,11 @@ class LayerBatch:
         """Return E[x̄ x̄ᵀ] (N, ī, ī) and E[V_h V_hᵀ] (N, o, o) in units of φ (Eq. 15)."""
         inputs, outputs = self.affine.covariances(self.V_h, self.inputs)
         return inputs, outputs * self.units.to_loss**2
+
+    def covariance_bases(self) -> tuple[Tensor, Tensor]:
+        """Return the factors' eigenvectors within what the batch spans, (N, ī, p) and (N, o, q)."""
+        inputs, outputs = self.affine.covariance_rows(self.V_h, self.inputs)
+        return eigenbasis(inputs), eigenbasis(outputs)
 
 
 def direction(gradient: Tensor, u: Tensor, units: Units, decay: Tensor | None) -> Tensor:

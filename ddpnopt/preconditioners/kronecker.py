@@ -9,6 +9,8 @@ Index legend: n block of controls, o outputs, ī inputs and the constant one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class _Kronecker(Memory):
     def inverse(self, t: int) -> FactoredInverse:
         """See `Preconditioner.inverse`."""
         entries = self.layer(t)
-        return FactoredInverse(entries["U_i"], entries["U_o"], entries.get("scale"))
+        return FactoredInverse(entries["U_i"], entries["U_o"], entries.get("scale"), entries.get("rest"))
 
     def precondition(self, t: int, direction: Tensor) -> Tensor:
         """See `Preconditioner.precondition`."""
@@ -76,11 +78,17 @@ class EKFAC(_Kronecker):
     """M = (U_o ⊗ U_i) diag(s + γ) (U_o ⊗ U_i)ᵀ with the factors' eigenvectors U.
 
     s = E[(U_oᵀ ∇_u φ U_i)²] are the second moments along them, γ is the damping.
+
+    Of the current batch alone, factors of B samples have at most B eigenvalues that are not zero, and no
+    gradient has a part beside their eigenvectors: M is γ there, and only these are computed. M is the same.
     """
 
     def observe(self, t: int, batch: LayerBatch) -> None:
         """See `Preconditioner.observe`."""
-        entries = self.layer(t)
+        entries, options = self.layer(t), self.options
+        if options.factor_decay == 0 and options.inverse_every == 1 and options.damping > 0:
+            self._observe_span(entries, batch)
+            return
         if self.update_factors(t, batch):
             entries["U_i"] = eigenvectors(entries["inputs"])
             entries["U_o"] = eigenvectors(entries["outputs"])
@@ -88,6 +96,18 @@ class EKFAC(_Kronecker):
         entries["moments"] = running_average(entries.get("moments"), square, self.options.factor_decay)
         M = entries["moments"] + self.options.damping
         entries["scale"] = torch.where(torch.isinf(M), torch.nan, M.reciprocal())
+
+    def _observe_span(self, entries: dict[str, Any], batch: LayerBatch) -> None:
+        """Make M⁻¹ = I/γ + U (1/(s + γ) - 1/γ) Uᵀ, which has a zero where s has."""
+        U_i, U_o = batch.covariance_bases()
+        square = batch.mean_square(FactoredInverse(U_i, U_o))
+        damping = self.options.damping
+        M = square + damping
+        finite = torch.where(torch.isinf(M), torch.nan, M.reciprocal())
+        entries |= {"U_i": U_i, "U_o": U_o, "runs": len(batch.u), "step": entries.get("step", 0) + 1}
+        whole = U_i.shape[1] == U_i.shape[2] and U_o.shape[1] == U_o.shape[2]
+        entries["scale"] = finite if whole else square * finite * (-1 / damping)
+        entries["rest"] = None if whole else 1 / damping
 
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:
