@@ -37,7 +37,7 @@ ENV PATH=/opt/ddpsweep/bin:$PATH \
 # A fixed number, so that the owner of files in a volume outlives the image and runAsNonRoot can be checked.
 RUN groupadd --gid 10001 ddpsweep \
     && useradd --uid 10001 --gid ddpsweep --home-dir /home/ddpsweep --create-home --shell /usr/sbin/nologin ddpsweep \
-    && install --directory --owner ddpsweep --group ddpsweep --mode 0750 /var/lib/ddpsweep
+    && install --directory --owner ddpsweep --group ddpsweep --mode 0750 /var/lib/ddpsweep /checkpoints
 COPY constraints.txt requirements/service.txt requirements/postgres.txt /opt/requirements/
 RUN --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
@@ -48,6 +48,11 @@ WORKDIR /var/lib/ddpsweep
 
 
 FROM service AS numerics
+# The fast path is compiled where it runs, for that machine's processor.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 COPY requirements/numerics.txt requirements/cluster.txt /opt/requirements/
 # The package index's own torch brings several GB of CUDA along, hence PyTorch's CPU index. For GPUs name
 # another one (https://download.pytorch.org/whl/cu130); empty leaves the choice to pip's settings.

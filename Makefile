@@ -7,10 +7,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DECLARED := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint bench fig3 solo soak units table3 numerics image format clean
+.PHONY: help demo serve test lint bench-pack bench-tune bench-memory bench-cores bench-gpu bench-plan fig3 solo \
+	soak units table3 numerics image format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not ((3, 11) <= v <= (3, 13)) and f"needs Python 3.11 to 3.13, not {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
@@ -23,6 +24,10 @@ $(VENV)/.installed: $(DECLARED) | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet -c constraints.txt -e '.[service,cluster,postgres,data,dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed requirements/bench.txt
+	$(PIP) install --quiet -c constraints.txt -r requirements/bench.txt
 	@touch $@
 
 demo: $(VENV)/.installed ## train Fig. 4a (SGD) on DIGITS through the service: out/fig4a-sgd.png
@@ -45,8 +50,23 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed ## time packs against plain PyTorch loops, both in one run
+bench-pack: $(VENV)/.installed ## time packs against plain PyTorch loops, torch.func and the machine (minutes)
 	$(BIN)/python -m benchmarks.pack
+
+bench-tune: $(VENV)/.installed-bench ## a panel of Fig. 4a through the service against Ray Tune (minutes)
+	$(BIN)/python -m benchmarks.tune
+
+bench-memory: $(VENV)/.installed ## the memory of runs against the planner's estimate
+	$(BIN)/python -m benchmarks.memory
+
+bench-cores: $(VENV)/.installed ## how packs, processes and threads fill the cores
+	$(BIN)/python -m benchmarks.cores
+
+bench-plan: $(VENV)/.installed ## time the planning of grids of up to 1,000,000 runs
+	$(BIN)/python -m benchmarks.planning
+
+bench-gpu: $(VENV)/.installed ## packs of up to 10,000 runs on a GPU, against one run at a time
+	$(BIN)/python -m benchmarks.gpu
 
 fig3: $(VENV)/.installed ## time and memory of a step against its size (Fig. 3, Table 4): out/fig3.png
 	$(BIN)/python -m benchmarks.fig3

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--device cuda] [--seconds 3]
 
 One run at a time is the better of two: torch.optim.SGD's plain loop of one net on the same device, and a pack
-of one. The net is Fig. 4a's, 64-16-16-16-16-10 at batch 8. Needs torch, numpy and scikit-learn alone. Prints a
-table and writes out/bench-gpu.json with the device's name.
+of one. The net is 64-16-16-16-16-10 at batch 8. Needs torch, numpy and scikit-learn alone. Prints a table and
+writes out/bench-gpu.json with the device's name.
 """
 
 from __future__ import annotations

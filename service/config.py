@@ -29,8 +29,8 @@ class Settings(BaseSettings):
         database_url: SQLAlchemy URL; the default is SQLite in `home`.
         ray_address: of a Ray cluster to join; unset starts a private one.
         slots: packs at once on a private Ray; unset takes every CPU. Packs are planned for as many.
-        memory: bytes that all training on a machine may take at once; unset takes three quarters of what this
-            machine has. Packs are planned for a slot's share, and a worker takes no more.
+        pack_memory: bytes that a pack may take. Unset, packs are planned for a slot's share of three quarters
+            of what this machine has; workers of a private Ray take no more, those of a cluster what there is.
         checkpoints: folder that all workers see, where packs that train for long keep their state; unset is
             one in `home` with a private Ray, and none on a cluster.
         checkpoint_every: seconds of training between two of these.
@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     ray_address: str | None = None
     slots: int | None = Field(default=None, ge=1, le=10_000)
-    memory: int | None = Field(default=None, ge=64 * 2**20)
+    pack_memory: int | None = Field(default=None, ge=64 * 2**20)
     checkpoints: Path | None = None
     checkpoint_every: float = Field(default=60.0, gt=0)
     allow_unauthenticated: bool = False
@@ -62,8 +62,17 @@ class Settings(BaseSettings):
 
     def machine(self) -> Device:
         """Return what packs are planned for: this machine's CPUs, unless something else is set."""
-        memory = self.memory or int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        return Device("cpu", self.slots or os.cpu_count() or 1, memory)
+        slots = self.slots or os.cpu_count() or 1
+        if self.pack_memory is not None:
+            return Device("cpu", slots, slots * self.pack_memory)
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device("cpu", slots, int(MEMORY_SHARE * physical))
+
+    def worker_memory(self) -> int | None:
+        """Return the bytes that a worker's training may take; None does not limit it."""
+        if self.ray_address and self.pack_memory is None:
+            return None  # this machine says nothing about the cluster's
+        return self.machine().slot_memory
 
     def checkpoint_folder(self) -> Path | None:
         """Return where workers keep the state of packs; None if they do not."""

@@ -34,7 +34,7 @@ def test_make_targets_run_what_is_there() -> None:
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     for script in re.findall(r"python (examples/\S+\.py)", text):
         assert (ROOT / script).exists()
-    for target in re.findall(r"`?make (\w+)`?", README):
+    for target in re.findall(r"`?make ([\w-]+)`?", README):
         assert re.search(rf"^{target}:", text, re.MULTILINE), target
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ddpnopt.lanes.library import library
 from ddpnopt.pack.checkpoint import Checkpoints
 from workers import memory
 from workers.protocol import PackEvent, PackTask, WorkerOptions
@@ -27,6 +28,7 @@ class PackActor:
             self._checkpoints = Checkpoints(Path(options.checkpoints), options.checkpoint_every)
             if removed := self._checkpoints.sweep():
                 log.info("%d old checkpoints removed", removed)
+        library("float32")  # compiled now, if it has to be, and not when the first pack is there
         if options.memory is not None:
             memory.limit(options.memory)
 

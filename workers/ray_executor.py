@@ -158,6 +158,10 @@ class RayExecutor:
         self._probe = _Probe()
         self._actor_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(PackActor)
         self._idle: list[Any] = []
+        self._fresh: list[Any] = []
+        if address is None:
+            # They load torch while nobody waits for it.
+            self._fresh = [self._actor_class.remote(options) for _ in range(self.slots)]
         self._attempts: dict[tuple[int, int], _Attempt] = {}
 
     def problem(self) -> str | None:
@@ -217,7 +221,10 @@ class RayExecutor:
         return PackFailed(*key, reason, str(error)[-8000:], retryable=True)
 
     def _free_actor(self) -> Any:
-        """Return an idle actor that still lives, or a new one: a dead one would cost the pack an attempt."""
+        """Return an idle actor that still lives, or a new one: a dead one would cost the pack an attempt.
+
+        One that was never used may still be starting, and is not asked.
+        """
         while self._idle:
             actor = self._idle.pop()
             try:
@@ -227,7 +234,7 @@ class RayExecutor:
                 ray.kill(actor)
             else:
                 return actor
-        return self._actor_class.remote(self._options)
+        return self._fresh.pop() if self._fresh else self._actor_class.remote(self._options)
 
     def cancel(self, pack_id: int, attempt: int) -> None:
         """See `Executor`. The worker's process is ended: a tensor program in C++ answers nothing milder."""
@@ -240,4 +247,5 @@ class RayExecutor:
         self._probe.stop()
         self._attempts.clear()
         self._idle.clear()
+        self._fresh.clear()
         ray.shutdown()

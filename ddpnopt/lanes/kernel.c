@@ -76,7 +76,6 @@ typedef struct {
 enum { RATE, REG, DECAY, MOMENTUM, SCALE, BETA2, REST2, BETA1, REST1, EPS };
 
 int lanes(void) { return LANES; }
-int real_bytes(void) { return (int)sizeof(real); }
 
 INLINE vec splat(real x) { return x - (vec){0}; }
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
@@ -283,12 +282,15 @@ static void multiply(int64_t count, const vec *a, const vec *b, vec *c) {
 
 /* --- memory of a step --- */
 
+#define MOST_LAYERS 65 /* config.MAX_DEPTH hidden ones and the read-out */
+int most_layers(void) { return MOST_LAYERS; }
+
 typedef struct {
-    vec *x[65], *slope[65]; /* x[t]: [b][n_t]; slope[t]: of σ after layer t */
-    vec *V_h[65], *z_h[65]; /* of layer t: [b][o] */
-    vec *w[65];             /* weight of z zᵀ as it enters layer t: [b] */
-    vec *A[65];             /* of layer t, full form: [b][o][i] */
-    vec *inverse[65];       /* diagonal M⁻¹ of layer t: [o][ī] */
+    vec *x[MOST_LAYERS + 1], *slope[MOST_LAYERS]; /* x[t]: [b][n_t]; slope[t]: of σ after layer t */
+    vec *V_h[MOST_LAYERS], *z_h[MOST_LAYERS]; /* of layer t: [b][o] */
+    vec *w[MOST_LAYERS];             /* weight of z zᵀ as it enters layer t: [b] */
+    vec *A[MOST_LAYERS];             /* of layer t, full form: [b][o][i] */
+    vec *inverse[MOST_LAYERS];       /* diagonal M⁻¹ of layer t: [o][ī] */
     vec *V, *z, *Q, *q;     /* [b][widest] */
     vec *a, *s, *square, *dx, *dh;
     vec *V_xx, *V_hh, *X, *system, *right; /* V_xx of all samples, the others of one */

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from ddpnopt.config import DType
+from ddpnopt.config import MAX_DEPTH, DType
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ def library(dtype: DType) -> Library | None:
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the fast path could not be compiled, and is not used: %s", error)
         return None
+    if functions.most_layers() <= MAX_DEPTH:
+        raise AssertionError("kernel.c has less room for layers than config.MAX_DEPTH allows")
     return Library(functions.lanes(), name, functions)
 
 
@@ -159,7 +161,7 @@ def _cache() -> Path:
 
 def _loaded(path: Path) -> ctypes.CDLL:
     functions = ctypes.CDLL(str(path))
-    functions.lanes.restype = functions.real_bytes.restype = c_int32
+    functions.lanes.restype = functions.most_layers.restype = c_int32
     functions.workspace.restype = functions.controls.restype = functions.train.restype = c_int64
     functions.evaluate.restype = functions.eigh.restype = None
     functions.eigh.argtypes = [c_int32, c_int32, c_void_p, c_void_p, c_void_p]

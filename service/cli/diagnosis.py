@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from ddpnopt.lanes.library import library
 from service import __version__
 from service.client import Client
 from service.config import Settings
@@ -40,6 +41,7 @@ def examine(settings: Settings) -> list[Finding]:
         Finding("ddpsweep", f"{__version__} on Python {platform.python_version()}, {os.cpu_count()} CPUs"),
         _package("torch", "needed where packs are trained, not by the API"),
         _package("ray", "needed by the dispatcher and the workers, not by the API"),
+        _kernel(),
         _try("home", lambda: str(settings.make_home())),
         _sqlite(),
         _try("database", lambda: _database(settings)),
@@ -52,6 +54,12 @@ def _package(name: str, use: str) -> Finding:
         return Finding(name, version(name))
     except PackageNotFoundError:
         return Finding(name, f"not installed: {use}")
+
+
+def _kernel() -> Finding:
+    found = library("float32")
+    text = "none: small nets train several times slower; a C compiler is needed where packs are trained"
+    return Finding("fast path", found.name if found else text)
 
 
 def _try(name: str, look: Callable[[], str]) -> Finding:

@@ -50,7 +50,7 @@ def run(settings: Settings, owner: str) -> None:
 
     checkpoints = settings.checkpoint_folder()
     options = WorkerOptions(
-        memory=settings.machine().slot_memory,
+        memory=settings.worker_memory(),
         checkpoints=None if checkpoints is None else str(checkpoints),
         checkpoint_every=settings.checkpoint_every,
     )
