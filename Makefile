@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DECLARED := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint bench-pack bench-tune bench-memory bench-cores bench-gpu bench-plan fig3 solo \
+.PHONY: help demo serve test lint bench-pack bench-tune bench-memory bench-cores bench-gpu bench-plan profile fig3 solo \
 	soak units table3 numerics image format clean
 
 help: ## list the targets
@@ -67,6 +67,9 @@ bench-plan: $(VENV)/.installed ## time the planning of grids of up to 1,000,000 
 
 bench-gpu: $(VENV)/.installed ## packs of up to 10,000 runs on a GPU, against one run at a time
 	$(BIN)/python -m benchmarks.gpu
+
+profile: $(VENV)/.installed ## where the time of the tensor path goes
+	$(BIN)/python -m benchmarks.profile
 
 fig3: $(VENV)/.installed ## time and memory of a step against its size (Fig. 3, Table 4): out/fig3.png
 	$(BIN)/python -m benchmarks.fig3

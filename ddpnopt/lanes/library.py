@@ -148,14 +148,14 @@ def _instructions() -> str:
 
 
 def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(home) / "ddpnopt"
-    try:
+    try:  # Path.home() raises a RuntimeError for a user who has none
+        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        folder = Path(home) / "ddpnopt"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError as error:
-        log.info("no cache at %s: %s", folder, error)
+    except (OSError, RuntimeError) as error:
+        log.info("no cache of compiled code: %s", error)
     return Path(tempfile.mkdtemp(prefix="ddpnopt-"))
 
 

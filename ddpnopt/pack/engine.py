@@ -238,9 +238,9 @@ class Trainer:
             else:
                 updates = self.step - self._last_point
                 self._take(self.train_curves, lambda part: part.take_running(updates))
+            self._last_point = self.step
         if self.training.takes_test_metrics(self.step):
             self._take(self.test_curves, lambda part: part.measure(self.test_set))
-        self._last_point = self.step
 
     def _take(self, curves: Curves, measure: Callable[[Part], Tensor]) -> None:
         for part in self.parts:

@@ -10,13 +10,13 @@ from typing import Final
 
 from ddpnopt import config
 from ddpnopt.datasets.catalog import CATALOG
-from ddpnopt.lanes import rules as lanes
+from ddpnopt.lanes import rules
 from ddpnopt.lanes.rules import NUMBER_BYTES
 from service.errors import FieldError, InvalidInputError
-from service.sweeps import estimate
+from service.sweeps import estimate, estimate_lanes
 from service.sweeps.device import Device
 from service.sweeps.estimate import Layer, Method
-from service.sweeps.spec import GridSpec, SweepSpec
+from service.sweeps.spec import SweepSpec
 
 PACK_RUNS: Final = 64
 """Most runs of a pack on a core, as tensors: beyond, the time per run and step falls little, and what a pack
@@ -31,6 +31,9 @@ GPU_PACK_RUNS: Final = 10_000
 
 MEMORY_MARGIN: Final = 1.25
 """What is planned for may be this much larger than the estimate: its error, by tests and benchmarks."""
+
+
+_METHODS: Final[tuple[config.Method, ...]] = ("baseline", "ddpnopt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +141,11 @@ def _most_runs(spec: SweepSpec, position: int, device: Device) -> int:
     Raises:
         InvalidInputError: if a single one takes more memory than there is.
     """
-    in_memory = _runs_in_memory(spec, position, device)
+    in_memory = min(_runs_in_memory(spec, position, method, device) for method in _METHODS)
     if device.kind == "gpu":
         return min(GPU_PACK_RUNS, in_memory)
-    lanes = all(_in_lanes(spec, position, method) for method in ("baseline", "ddpnopt"))
-    return min(LANE_PACK_RUNS if lanes else PACK_RUNS, in_memory)
+    fast = all(_in_lanes(spec, position, method) for method in _METHODS)
+    return min(LANE_PACK_RUNS if fast else PACK_RUNS, in_memory)
 
 
 def _in_lanes(spec: SweepSpec, position: int, method: config.Method) -> bool:
@@ -150,36 +153,45 @@ def _in_lanes(spec: SweepSpec, position: int, method: config.Method) -> bool:
     grid = spec.grids[position]
     vxx_reg = None if method == "baseline" else grid.vxx_reg[0]
     run = spec.run_config(position, method, grid.learning_rate[0], vxx_reg, 0)
-    return lanes.trains(run, spec.layers())
+    return rules.trains(run, spec.layers())
 
 
 def _net(spec: SweepSpec) -> tuple[Layer, ...]:
-    return estimate.layers(spec.layers(), len(spec.model.channels))
+    model = spec.model
+    return estimate.layers(spec.layers(), len(model.channels), model.activation, model.output)
 
 
-def _methods(spec: SweepSpec, grid: GridSpec) -> tuple[Method, Method]:
-    """Return what a grid's baseline costs, and its partner."""
-    options = grid.options.resolved()
-    feedback = grid.ddpnopt.resolved().resolved(convolutional=spec.model.resolved().convolutional)
-    return Method.of(grid.baseline, options, None), Method.of(grid.baseline, options, feedback)
+def _costs(spec: SweepSpec, position: int, method: config.Method) -> Method:
+    """Return what decides the cost of a grid's runs of a method."""
+    grid = spec.grids[position]
+    feedback = None
+    if method == "ddpnopt":
+        feedback = grid.ddpnopt.resolved().resolved(convolutional=spec.model.resolved().convolutional)
+    return Method.of(grid.baseline, grid.options.resolved(), feedback)
 
 
-def _runs_in_memory(spec: SweepSpec, position: int, device: Device) -> int:
-    """Return how many runs of a grid's hungrier kind fit a slot's memory.
+def _runs_in_memory(spec: SweepSpec, position: int, method: config.Method, device: Device) -> int:
+    """Return how many of a grid's runs of a method fit a slot's memory.
 
     Raises:
         InvalidInputError: if a single one does not.
     """
-    net, batch, size = _net(spec), spec.training.batch_size, NUMBER_BYTES[spec.dtype]
-    limit = int(device.slot_memory / MEMORY_MARGIN)
-    most = 0
-    for method in _methods(spec, spec.grids[position]):
-        needed = size * estimate.numbers(net, batch, method)
-        if needed > limit:
-            thrifty = size * estimate.numbers(net, batch, method.as_outer_product())
-            raise InvalidInputError([_too_large(spec, position, method, needed, thrifty, limit)])
-        most = max(most, needed)
-    return limit // most
+    costs, limit = _costs(spec, position, method), int(device.slot_memory / MEMORY_MARGIN)
+    fast = device.kind == "cpu" and _in_lanes(spec, position, method)
+    fixed, per_run = _bytes(spec, costs, lanes=fast)
+    if fixed + per_run > limit:
+        thrifty = sum(_bytes(spec, costs.as_outer_product(), lanes=fast))
+        raise InvalidInputError([_too_large(spec, position, costs, fixed + per_run, thrifty, limit)])
+    return (limit - fixed) // per_run
+
+
+def _bytes(spec: SweepSpec, costs: Method, *, lanes: bool) -> tuple[int, int]:
+    """Return what a pack takes once, and what for each run."""
+    net, batch, number = _net(spec), spec.training.batch_size, NUMBER_BYTES[spec.dtype]
+    if lanes:
+        fixed = estimate_lanes.workspace(net, batch, costs, number)
+        return fixed, number * estimate_lanes.state(net, costs)
+    return 0, number * estimate.numbers(net, batch, costs, dtype=spec.dtype)
 
 
 def _too_large(
@@ -208,14 +220,21 @@ def _too_large(
 
 def _seconds(spec: SweepSpec) -> float:
     """Estimate the time of all runs on one core: their steps, and the points of their curves."""
+    per_seed = 0.0
+    for position, grid in enumerate(spec.grids):
+        baseline, partner = (_run_seconds(spec, position, method) for method in _METHODS)
+        per_seed += len(grid.learning_rate) * (baseline + len(grid.vxx_reg) * partner)
+    return per_seed * len(spec.seed_list())
+
+
+def _run_seconds(spec: SweepSpec, position: int, method: config.Method) -> float:
     net, info, training = _net(spec), CATALOG[spec.dataset], spec.training.resolved()
-    points = math.ceil(training.steps / training.eval_every) + 1
-    metrics = points * estimate.metrics_seconds(net, info.train_size + info.test_size)
-    total = 0.0
-    for grid in spec.grids:
-        baseline, partner = (
-            metrics + training.steps * estimate.seconds(net, training.batch_size, method)
-            for method in _methods(spec, grid)
-        )
-        total += len(grid.learning_rate) * (baseline + len(grid.vxx_reg) * partner)
-    return total * len(spec.seed_list())
+    costs = _costs(spec, position, method)
+    stepping = estimate_lanes.seconds if _in_lanes(spec, position, method) else estimate.seconds
+    measured = rules.measures(spec.model.resolved(), spec.layers())
+    point = estimate_lanes.metrics_seconds if measured else estimate.metrics_seconds
+    points = list(training.points())
+    samples = info.test_size * sum(map(training.takes_test_metrics, points))
+    if training.train_metrics == "full":
+        samples += info.train_size * len(points)
+    return training.steps * stepping(net, training.batch_size, costs) + point(net, samples)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ddpnopt import BaselineOptimizer
-from ddpnopt.config import Baseline, OptimizerConfig
+from ddpnopt.config import Baseline, OptimizerConfig, RunConfig
 from ddpnopt.layers import modules
 from ddpnopt.layers.modules import register_generic
+from ddpnopt.pack.checkpoint import Checkpoints
 from ddpnopt.pack.engine import Trainer
 from tests.ddpnopt import problems, training
 from tests.ddpnopt.problems import FEEDBACKS, PARTNERS, assert_close
@@ -280,3 +281,51 @@ def test_a_member_that_diverges_leaves_the_others_alone():
     mild = [replace(wild, optimizer=optimizer) for optimizer in (problems.sgd(), problems.ddpnopt())]
     *_, finished = problems.train([mild[0], wild, mild[1]], FLAT, "cuda")
     assert [result.state for result in finished.results] == ["completed", "diverged", "completed"]
+
+
+FIG4A = {"dataset": "toy", "hidden": (10,) * 4, "dtype": "float32", "batch_size": 16, "steps": 10}
+MANY = [
+    problems.run(optimizer, seed, **FIG4A)
+    for seed in range(20)
+    for optimizer in (
+        problems.sgd(0.4),
+        problems.ddpnopt(0.4, 1e-4),
+        problems.ddpnopt(0.4, 1e-4, terminal_hessian="gauss_newton"),
+        problems.baseline("adam", 0.01),
+    )
+]
+
+
+def trained(runs: list[RunConfig], steps: int = 10) -> list[list[Tensor]]:
+    trainer = Trainer(runs, FLAT, GPU)
+    trainer.advance(steps)
+    assert not trainer.diverged
+    return [trainer.controls_of(place) for place in range(len(runs))]
+
+
+def test_a_pack_is_bit_identical_to_itself_on_one_kind_of_gpu():
+    """The stored plan gives the same packs again, and so the same bits."""
+    for first, again in zip(trained(MANY), trained(MANY), strict=True):
+        assert all(torch.equal(u, v) for u, v in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_in_another_pack_a_run_stays_near_over_its_first_steps(size):
+    whole = trained(MANY)
+    for start in range(0, len(MANY), size):
+        for own, other in zip(trained(MANY[start : start + size]), whole[start : start + size], strict=True):
+            for u, v in zip(own, other, strict=True):
+                assert_close(u.cpu(), v.cpu(), 1e-5, "controls", 1e-7)
+
+
+def test_a_checkpoint_resumes_bit_for_bit(tmp_path):
+    whole = trained(MANY)
+    checkpoints = Checkpoints(tmp_path)
+    first = Trainer(MANY, FLAT, GPU)
+    first.advance(5)
+    first.save(checkpoints)
+    again = Trainer(MANY, FLAT, GPU)
+    assert again.resume(checkpoints)
+    again.advance(10)
+    for place, expected in enumerate(whole):
+        assert all(torch.equal(u, v) for u, v in zip(again.controls_of(place), expected, strict=True))

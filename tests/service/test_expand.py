@@ -95,7 +95,9 @@ def test_many_packs_are_a_whole_number_of_rounds(small_spec: dict[str, Any]) -> 
 def test_little_memory_makes_small_packs(small_spec: dict[str, Any]) -> None:
     small_spec |= {"seeds": 100}
     whole = parse_spec(small_spec)
-    sizes = [max(map(len, plan(whole, Device(cores=1, memory=m * 2**20)).packs)) for m in (4, 8, 1024)]
+    sizes = [
+        max(map(len, plan(whole, Device(cores=1, memory=m)).packs)) for m in (2**18, 2**18 + 2**17, 2**30)
+    ]
     assert 1 < sizes[0] < sizes[1] < sizes[2]
 
 
