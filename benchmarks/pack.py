@@ -58,7 +58,7 @@ METHODS: Final[dict[str, FeedbackConfig | None]] = {
 }
 RATES: Final = {"sgd": 0.05, "rmsprop": 1e-4, "adam": 1e-4, "kfac": 1e-3, "ekfac": 1e-3}
 """Small, so that nobody leaves: what a step costs does not depend on it."""
-SECONDS: Final = 0.25
+SECONDS: Final = 0.15
 """About how long a side is timed at once."""
 COMPARED: Final = 200
 """Runs of the packs that are compared with ensembles and with the machine."""
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one setting, fewer sizes: to see that it works")
     parser.add_argument("--cnn", action="store_true", help="the paper's CNN on MNIST as well")
     options = parser.parse_args()
-    settings, sizes, repeats = (SETTINGS[:1], (1, 50), 2) if options.quick else (SETTINGS, SIZES, 5)
+    settings, sizes, repeats = (SETTINGS[:1], (1, 50), 2) if options.quick else (SETTINGS, SIZES, 3)
     torch.set_num_threads(1)
     console = Console(width=150)
     found = library("float32")

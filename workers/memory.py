@@ -11,7 +11,10 @@ import torch
 
 log = logging.getLogger(__name__)
 
-MESSAGES: Final = ("allocate memory", "not enough memory", "out of memory", "cannot allocate")
+MESSAGES: Final = (
+    *("allocate memory", "not enough memory", "out of memory", "cannot allocate"),
+    "could not create a primitive",  # of oneDNN, which says no more
+)
 """Of errors that torch raises as plain RuntimeErrors."""
 
 

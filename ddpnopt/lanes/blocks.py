@@ -141,7 +141,14 @@ class Blocks:
         return sums
 
     def restore(self, state: dict[str, Tensor], loss: Tensor, running: Tensor) -> None:
-        """Take back what `state`, `last_loss` and `running` returned, for as many members."""
+        """Take back what `state`, `last_loss` and `running` returned, for as many members.
+
+        Raises:
+            ValueError: if it is not the state of such blocks; the kernel would read what is not there.
+        """
+        shapes = dict.fromkeys(("u", *self.compiled.moments), (self.size, self.compiled.controls))
+        if {name: tuple(values.shape) for name, values in state.items()} != shapes:
+            raise ValueError(f"a state of {sorted(state)}, expected {shapes}")
         self._fill(state, loss, running)
 
     def select(self, keep: Tensor) -> None:

@@ -160,7 +160,11 @@ def _cache() -> Path:
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
-    functions = ctypes.CDLL(str(path))
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)  # a spoilt file would stand in the way for ever
+        raise
     functions.lanes.restype = functions.most_layers.restype = c_int32
     functions.workspace.restype = functions.controls.restype = functions.train.restype = c_int64
     functions.evaluate.restype = functions.eigh.restype = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ FORMAT: Final = 1
 EVERY_S: Final = 60.0
 STALE_S: Final = 7 * 86400.0
 PARTIAL: Final = ".part"
+DIGEST_BYTES: Final = 32
+"""SHA-256 of the rest, with which a file begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,10 @@ class Checkpoints:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=PARTIAL)
         try:
+            content = io.BytesIO()
+            torch.save({"key": key, "state": state}, content)
             with os.fdopen(handle, "wb") as file:
-                torch.save({"key": key, "state": state}, file)
+                file.write(sealed(content.getvalue()))
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).replace(path)
@@ -66,7 +71,10 @@ class Checkpoints:
         """Return the state that was saved under a key; None if there is none that can be used."""
         path = self.path(key)
         try:
-            found = torch.load(path, weights_only=True)
+            content = path.read_bytes()
+            if sealed(content[DIGEST_BYTES:]) != content:
+                raise ValueError("its checksum is wrong")
+            found = torch.load(io.BytesIO(content[DIGEST_BYTES:]), weights_only=True)
         except FileNotFoundError:
             return None
         except Exception as error:  # what a spoilt file raises depends on where it is spoilt
@@ -96,6 +104,11 @@ class Checkpoints:
             except FileNotFoundError:  # another worker was faster
                 continue
         return removed
+
+
+def sealed(content: bytes) -> bytes:
+    """Return a file's bytes: the content after its checksum, since torch takes a flipped bit for a weight."""
+    return hashlib.sha256(content).digest() + content
 
 
 def key_of(runs: Sequence[RunConfig], *circumstances: str) -> str:

@@ -89,7 +89,7 @@ def train(
         device: where to train.
         checkpoints: where the state is kept now and then; if there is one of this very pack, training goes on
             from there, with the same bits as if it had never stopped. At the end it is removed.
-        leaving: asked at every point of the curves who leaves.
+        leaving: asked at every point of the curves but the last who leaves.
 
     Yields:
         `Progress` at every point of the curves, then one `Finished`. Closing the iterator stops the training.
@@ -114,7 +114,7 @@ def train(
                 trainer.save(checkpoints)
                 saved = time.monotonic()
         trainer.take_metrics()
-        if leaving is not None:
+        if leaving is not None and point < training.steps:
             trainer.cancel(leaving(point))
         yield Progress(point, training.steps, trainer.active)
         if trainer.active == 0:

@@ -108,8 +108,9 @@ class TensorPart:
             if len(self.stack.index) == 0:
                 return
             # The members that stay take this step on their own forward pass, made anew without the others.
-            loss, targets = loss[finite], targets[finite]
-            trajectory = rollout(self.network, self.stack.controls, inputs[finite])
+            loss, targets, inputs = loss[finite], targets[finite], inputs[finite]
+            del trajectory  # before there is another
+            trajectory = rollout(self.network, self.stack.controls, inputs)
         self.last_loss = loss
         if self._running is not None:
             right = (trajectory.output.argmax(dim=-1) == targets).sum(dim=-1)

@@ -178,20 +178,24 @@ def _runs_in_memory(spec: SweepSpec, position: int, method: config.Method, devic
     """
     costs, limit = _costs(spec, position, method), int(device.slot_memory / MEMORY_MARGIN)
     fast = device.kind == "cpu" and _in_lanes(spec, position, method)
-    fixed, per_run = _bytes(spec, costs, lanes=fast)
-    if fixed + per_run > limit:
-        thrifty = sum(_bytes(spec, costs.as_outer_product(), lanes=fast))
-        raise InvalidInputError([_too_large(spec, position, costs, fixed + per_run, thrifty, limit)])
-    return (limit - fixed) // per_run
+    alone = _bytes(spec, costs, lanes=fast)
+    if alone > limit:
+        thrifty = _bytes(spec, costs.as_outer_product(), lanes=fast)
+        raise InvalidInputError([_too_large(spec, position, costs, alone, thrifty, limit)])
+    net, batch, number = _net(spec), spec.training.batch_size, NUMBER_BYTES[spec.dtype]
+    if fast:
+        per_run = number * estimate_lanes.state(net, costs)
+        return 1 + (limit - alone) // per_run
+    return estimate.most_runs(net, batch, costs, limit // number, dtype=spec.dtype)
 
 
-def _bytes(spec: SweepSpec, costs: Method, *, lanes: bool) -> tuple[int, int]:
-    """Return what a pack takes once, and what for each run."""
+def _bytes(spec: SweepSpec, costs: Method, *, lanes: bool) -> int:
+    """Return what a pack of one run takes."""
     net, batch, number = _net(spec), spec.training.batch_size, NUMBER_BYTES[spec.dtype]
     if lanes:
         fixed = estimate_lanes.workspace(net, batch, costs, number)
-        return fixed, number * estimate_lanes.state(net, costs)
-    return 0, number * estimate.numbers(net, batch, costs, dtype=spec.dtype)
+        return fixed + number * estimate_lanes.state(net, costs)
+    return number * estimate.numbers(net, batch, costs, dtype=spec.dtype)
 
 
 def _too_large(
