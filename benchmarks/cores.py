@@ -31,9 +31,9 @@ CNN: Final = ModelConfig((32,), "relu", "cnn", (8, 8))
 def runs_of(kind: str, steps: int) -> list[RunConfig]:
     """Return the runs that are divided: a baseline and its partner for each seed."""
     baseline, model, count, steps = {
-        "lanes: SGD": ("sgd", ModelConfig((10,) * 4), 128, 10 * steps),
-        "tensors: EKFAC": ("ekfac", ModelConfig((10,) * 4), 64, steps),
-        "tensors: CNN": ("sgd", CNN, 16, max(2, steps // 10)),
+        "lanes: SGD": ("sgd", ModelConfig((10,) * 4), 128, 30 * steps),
+        "tensors: EKFAC": ("ekfac", ModelConfig((10,) * 4), 256, steps),
+        "tensors: CNN": ("sgd", CNN, 16, max(2, steps // 4)),
     }[kind]
     training = TrainingConfig(steps, 16, steps)
     optimizers = (
@@ -78,7 +78,7 @@ def divisions() -> list[tuple[int, int]]:
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="of EKFAC; SGD does ten times as many")
+    parser.add_argument("--steps", type=int, default=100, help="of EKFAC; SGD does 30 times as many")
     steps = parser.parse_args().steps
     rows: list[dict[str, Any]] = []
     for kind in ("lanes: SGD", "tensors: EKFAC", "tensors: CNN"):

@@ -18,9 +18,12 @@ from service.sweeps.device import Device
 from service.sweeps.estimate import Layer, Method
 from service.sweeps.spec import SweepSpec
 
-PACK_RUNS: Final = 64
+PACK_RUNS: Final = 128
 """Most runs of a pack on a core, as tensors: beyond, the time per run and step falls little, and what a pack
-holds leaves the caches. Nor are smaller packs made to fill more cores."""
+holds leaves the caches."""
+
+SMALLEST_PACK: Final = 64
+"""Packs are not made smaller than this to fill more slots: the time per run and step would rise as much."""
 
 LANE_PACK_RUNS: Final = 256
 """The same in lanes, whose time does not fall beyond a block; larger packs only fill the last block better,
@@ -120,7 +123,7 @@ def _packed(
 ) -> Iterator[tuple[PlannedRun, ...]]:
     """Put bundles into as few packs of at most `size` runs as keep all slots busy."""
     total = sum(map(len, bundles))
-    count = max(math.ceil(total / size), min(slots, total // PACK_RUNS))
+    count = max(math.ceil(total / size), min(slots, total // SMALLEST_PACK))
     if count > slots:  # as many in the last round as in the others
         count = math.ceil(count / slots) * slots
     pack: list[PlannedRun] = []

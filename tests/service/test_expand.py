@@ -120,7 +120,7 @@ def test_the_whole_of_fig_4a() -> None:
     packs = plan(spec).packs
     assert [grid.baseline for grid in spec.grids] == ["sgd", "rmsprop", "ekfac"]
     assert [len(grid.learning_rate) * len(grid.vxx_reg) for grid in spec.grids] == [16, 16, 16]
-    assert [len(pack) for pack in packs] == [200, 200, 50, 50, 50, 50]
+    assert [len(pack) for pack in packs] == [200, 200, 100, 100]
     assert {run.grid for run in packs[0]} == {0}
     assert {run.grid for pack in packs[2:] for run in pack} == {2}
     configs = [
