@@ -7,6 +7,7 @@ that leaves the finite numbers is recorded as diverged and leaves the pack; so d
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,8 @@ from ddpnopt.results import (
     RunResult,
     non_finite_kind,
 )
+
+log = logging.getLogger(__name__)
 
 Leaving = Callable[[int], Collection[int]]
 """Takes a step and returns the places of the runs that are to leave the pack after it."""
@@ -88,7 +91,8 @@ def train(
         data: the dataset; loaded by name if not given.
         device: where to train.
         checkpoints: where the state is kept now and then; if there is one of this very pack, training goes on
-            from there, with the same bits as if it had never stopped. At the end it is removed.
+            from there, with the same bits as if it had never stopped. At the end it is removed. A state that
+            cannot be written costs a warning.
         leaving: asked at every point of the curves but the last who leaves.
 
     Yields:
@@ -97,7 +101,6 @@ def train(
     Raises:
         ConfigError: if the runs cannot share a pack or their batch is larger than the training set.
         DataError: if the dataset cannot be read.
-        OSError: if a checkpoint cannot be written.
     """
     if not runs:
         raise ConfigError("runs", [], "at least one run")
@@ -111,7 +114,7 @@ def train(
             continue
         for _ in trainer.stretches(point):
             if checkpoints is not None and time.monotonic() - saved >= checkpoints.every:
-                trainer.save(checkpoints)
+                _save(trainer, checkpoints)
                 saved = time.monotonic()
         trainer.take_metrics()
         if leaving is not None and point < training.steps:
@@ -122,6 +125,13 @@ def train(
     if checkpoints is not None:
         checkpoints.discard(trainer.key)
     yield Finished(trainer.results())
+
+
+def _save(trainer: Trainer, checkpoints: Checkpoints) -> None:
+    try:
+        trainer.save(checkpoints)
+    except OSError as error:  # a full disk is no reason to lose what was trained
+        log.warning("the pack's state could not be written to %s: %s", checkpoints.folder, error)
 
 
 @dataclass(slots=True)

@@ -22,9 +22,6 @@ PACK_RUNS: Final = 128
 """Most runs of a pack on a core, as tensors: beyond, the time per run and step falls little, and what a pack
 holds leaves the caches."""
 
-SMALLEST_PACK: Final = 64
-"""Packs are not made smaller than this to fill more slots: the time per run and step would rise as much."""
-
 LANE_PACK_RUNS: Final = 256
 """The same in lanes, whose time does not fall beyond a block; larger packs only fill the last block better,
 and smaller ones show the first row of a heatmap sooner."""
@@ -32,9 +29,11 @@ and smaller ones show the first row of a heatmap sooner."""
 GPU_PACK_RUNS: Final = 10_000
 """The same on a GPU, which needs thousands of small nets to be busy."""
 
+SMALLEST_PACK: Final = 64
+"""Packs are not made smaller than this to fill more slots: the time per run and step would rise as much."""
+
 MEMORY_MARGIN: Final = 1.25
 """What is planned for may be this much larger than the estimate: its error, by tests and benchmarks."""
-
 
 _METHODS: Final[tuple[config.Method, ...]] = ("baseline", "ddpnopt")
 
