@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_submit_list_show_heatmap(service: Running, tmp_path: Path) -> None:
 def test_validate_stores_nothing(service: Running) -> None:
     before = service.cli("list").stdout
     done = service.cli("validate", str(EXAMPLES / "digits-fig4a-sgd.yaml"))
-    assert done.stdout.startswith("200 runs in 4 packs, 300,000 run-steps")
+    # How many packs depends on the machine's cores.
+    assert re.match(r"200 runs in [1-4] packs, 300,000 run-steps", done.stdout)
     assert service.cli("list").stdout == before
 
 
