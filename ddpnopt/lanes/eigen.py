@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from ddpnopt.lanes.blocks import from_lanes, to_lanes
 from ddpnopt.lanes.library import Library
 
-LARGEST: Final = {torch.float32: 24, torch.float64: 12}
+LARGEST: Final = {torch.float32: 32, torch.float64: 12}
 """Side up to which Jacobi's method over lanes is faster than LAPACK, one matrix after another."""
 
 
