@@ -178,7 +178,8 @@ class TrainingConfig:
         batch_size: samples in a batch; batches are drawn without replacement within an epoch, and
             an incomplete last batch is dropped.
         eval_every: steps between two points of the curves; the last step is always a point.
-        test_every: the same of the metrics on the test set, a multiple of it; None is at every point.
+        test_every: the same of the metrics on the test set, a multiple of it; None is at every point, all of
+            the steps at the first and the last alone.
         train_metrics: `full` takes the loss and accuracy over the whole training set by the weights of the
             moment, from step 0 on. `running` averages those of the batches since the last point, each by the
             weights before its update: no pass over the training set, and no point at step 0. Baseline and
@@ -198,8 +199,8 @@ class TrainingConfig:
         _one_of("training.train_metrics", self.train_metrics, TrainMetrics)
         if self.test_every is not None:
             _whole("training.test_every", self.test_every, 1, MAX_STEPS)
-            if self.test_every % self.eval_every:
-                allowed = f"a multiple of eval_every, {self.eval_every}"
+            if self.test_every % self.eval_every and self.test_every < self.steps:
+                allowed = f"a multiple of eval_every, {self.eval_every}, or all {self.steps} steps"
                 raise ConfigError("training.test_every", self.test_every, allowed)
 
     def takes_train_metrics(self, step: int) -> bool:

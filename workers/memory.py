@@ -36,12 +36,6 @@ def limit(nbytes: int) -> None:
     )
 
 
-def limit_gpu(nbytes: int, device: torch.device) -> None:
-    """Let this process take so many bytes of a GPU: Ray's fractions of one isolate no memory."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
-
-
 def is_exhausted(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

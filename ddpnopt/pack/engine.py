@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from typing import Any, Final, TypeVar, cast
@@ -134,6 +134,10 @@ def _save(trainer: Trainer, checkpoints: Checkpoints) -> None:
         log.warning("the pack's state could not be written to %s: %s", checkpoints.folder, error)
 
 
+RunCurve = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""One run's steps (P,) and values (P, 2)."""
+
+
 @dataclass(slots=True)
 class Curves:
     """The points of the curves of one set's metrics.
@@ -146,15 +150,19 @@ class Curves:
     names: tuple[str, ...]
     points: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = field(default_factory=list)
 
-    def of(self, place: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return one run's steps (P,) and values (P, 2)."""
-        found = [
-            (step, values[row[0]])
-            for step, places, values in self.points
-            if len(row := np.flatnonzero(places == place))
+    def by_run(self, runs: int) -> list[RunCurve]:
+        """Return each run's points, in the order of their places."""
+        found: list[list[tuple[int, NDArray[np.float64]]]] = [[] for _ in range(runs)]
+        for step, places, values in self.points:
+            for place, own in zip(places.tolist(), values, strict=True):
+                found[place].append((step, own))
+        return [
+            (
+                np.array([step for step, _ in own], dtype=np.int64),
+                np.array([values for _, values in own]).reshape(len(own), len(self.names)),
+            )
+            for own in found
         ]
-        steps = np.array([step for step, _ in found], dtype=np.int64)
-        return steps, np.array([values for _, values in found]).reshape(len(found), len(self.names))
 
 
 class Trainer:
@@ -226,9 +234,12 @@ class Trainer:
         """Do the updates up to number `to`, or to the end of the epoch."""
         started = time.monotonic()
         stretch = self.batches.stretch(self.step + 1, to)
-        for part in self.parts:
-            self.diverged.update(part.advance(stretch, self.train_set))
-        self._shrink()
+        left = {
+            place: why for part in self.parts for place, why in part.advance(stretch, self.train_set).items()
+        }
+        if left:
+            self.diverged |= left
+            self._shrink()
         self.step = stretch.last
         self._adapt(stretch.last - stretch.first + 1, time.monotonic() - started)
 
@@ -277,7 +288,7 @@ class Trainer:
         self._shrink()
 
     def _shrink(self) -> None:
-        """Let go of parts and seeds without members."""
+        """Let go of parts and seeds without members, after some have left."""
         self.parts = [part for part in self.parts if len(part.index)]
         self.batches.used = {self.runs[place].seed for part in self.parts for place in part.index}
 
@@ -354,17 +365,15 @@ class Trainer:
 
     def results(self) -> tuple[RunResult, ...]:
         """Return one result per run, in the order in which the runs were handed in."""
-        digests = {
-            int(place): _digest(part.controls(), row)
-            for part in self.parts
-            for row, place in enumerate(part.index)
-        }
-        return tuple(self._result(place, digests) for place in range(len(self.runs)))
+        digests: dict[int, str] = {}
+        for part in self.parts:
+            controls = part.controls()  # once: it copies those of all members
+            digests |= {place: _digest(controls, row) for row, place in enumerate(part.index.tolist())}
+        curves = zip(*(c.by_run(len(self.runs)) for c in (self.train_curves, self.test_curves)), strict=True)
+        return tuple(self._result(place, digests.get(place, ""), *own) for place, own in enumerate(curves))
 
-    def _result(self, place: int, digests: Mapping[int, str]) -> RunResult:
-        (train_steps, train_values), (test_steps, test_values) = (
-            curves.of(place) for curves in (self.train_curves, self.test_curves)
-        )
+    def _result(self, place: int, digest: str, train_curve: RunCurve, test_curve: RunCurve) -> RunResult:
+        (train_steps, train_values), (test_steps, test_values) = train_curve, test_curve
         divergence, cancelled = self.diverged.get(place), self.cancelled.get(place)
         table = dict(zip(METRICS, (*train_values.T, *test_values.T), strict=True))
         done = divergence is None and cancelled is None
@@ -375,7 +384,7 @@ class Trainer:
             curve_steps=train_steps,
             test_steps=test_steps,
             curves={name: _as_curve(values) for name, values in table.items()},
-            weights_digest=digests.get(place, ""),
+            weights_digest=digest,
             divergence=divergence,
             cancelled=cancelled is not None,
         )

@@ -54,7 +54,8 @@ class LanePart:
         order = sorted(range(len(runs)), key=lambda i: (repr(block_key(runs[i].optimizer)), i))
         self._runs = {places[i]: runs[i] for i in order}
         self._index = np.array([places[i] for i in order], dtype=np.int64)
-        self._seed_row = torch.tensor([list(seeds).index(runs[i].seed) for i in order])
+        rows = {seed: row for row, seed in enumerate(seeds)}
+        self._seed_row = torch.tensor([rows[runs[i].seed] for i in order])
         self._blocks: list[Blocks] = []
         for _, members in groupby(order, key=lambda i: block_key(runs[i].optimizer)):
             chosen = [runs[i] for i in members]

@@ -114,7 +114,8 @@ def stack(
     order = sorted(range(len(runs)), key=lambda i: (repr(_group_key(runs[i])), i))
     seeds = tuple(seeds or distinct_seeds(runs))
     dtype = DTYPES[runs[0].dtype]
-    seed_row = torch.tensor([seeds.index(runs[i].seed) for i in order], device=device)
+    rows = {seed: row for row, seed in enumerate(seeds)}
+    seed_row = torch.tensor([rows[runs[i].seed] for i in order], device=device)
     controls = [u.to(device) for u in initial_controls([runs[i] for i in order], layers)]
     index = torch.tensor([i if places is None else places[i] for i in order], device=device)
     return Stack(index, seed_row, seeds, controls, _groups(runs, order, network, dtype, device))

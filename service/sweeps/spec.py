@@ -6,7 +6,7 @@ What was added later has a default: a spec that an older version stored still re
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -69,8 +69,36 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class ModelSpec(_Model):
+class _Part(_Model):
+    """A part of a spec that stands for a configuration, which the numerics check.
+
+    Attributes:
+        within: what the numerics call the part where they name a field of it.
+    """
+
+    within: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        try:
+            self.resolved()
+        except ConfigError as error:
+            raise _refused(error, *self.within) from error
+        return self
+
+    def resolved(self) -> object:
+        """Return the configuration.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        raise NotImplementedError
+
+
+class ModelSpec(_Part):
     """The net. See `ddpnopt.config.ModelConfig`."""
+
+    within: ClassVar[tuple[str, ...]] = ("model",)
 
     kind: Annotated[config.ModelKind, Field(description="fully connected, or convolutions before that")]
     hidden: Annotated[Widths, Field(description="widths of the fully connected hidden layers")]
@@ -80,14 +108,6 @@ class ModelSpec(_Model):
     ] = []
     output: Annotated[config.Activation, Field(description="after the last layer")] = "identity"
 
-    @model_validator(mode="after")
-    def _possible(self) -> ModelSpec:
-        try:
-            self.resolved()
-        except ConfigError as error:
-            raise _refused(error, "model") from error
-        return self
-
     def resolved(self) -> config.ModelConfig:
         """Return the configuration."""
         return config.ModelConfig(
@@ -95,8 +115,10 @@ class ModelSpec(_Model):
         )
 
 
-class TrainingSpec(_Model):
+class TrainingSpec(_Part):
     """How long, on what batches, and when what is measured; see `ddpnopt.config.TrainingConfig`."""
+
+    within: ClassVar[tuple[str, ...]] = ("training",)
 
     steps: Annotated[int, Field(ge=1, le=config.MAX_STEPS)]
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -109,7 +131,7 @@ class TrainingSpec(_Model):
         Field(
             ge=1,
             le=config.MAX_STEPS,
-            description="the same of the test set's metrics, a multiple of eval_every",
+            description="the same of the test set's metrics: a multiple of eval_every, or all steps",
         ),
     ] = None
     train_metrics: Annotated[
@@ -128,22 +150,16 @@ class TrainingSpec(_Model):
             )
         return self
 
-    @model_validator(mode="after")
-    def _possible(self) -> TrainingSpec:
-        try:
-            self.resolved()
-        except ConfigError as error:
-            raise _refused(error, "training") from error
-        return self
-
     def resolved(self) -> config.TrainingConfig:
         """Return the configuration, with about `CURVE_POINTS` points a curve if nothing else is said."""
         every = self.eval_every or math.ceil(self.steps / CURVE_POINTS)
         return config.TrainingConfig(self.steps, self.batch_size, every, self.test_every, self.train_metrics)
 
 
-class FeedbackSpec(_Model):
+class FeedbackSpec(_Part):
     """The options of DDPNOpt that the paper leaves open; see `ddpnopt.config.FeedbackConfig`."""
+
+    within: ClassVar[tuple[str, ...]] = ("ddpnopt",)
 
     terminal_hessian: config.TerminalHessian | None = None
     factorized: bool | None = None
@@ -153,29 +169,13 @@ class FeedbackSpec(_Model):
     feedback: bool = True
     dynamics: config.Dynamics = "first_order"
 
-    @model_validator(mode="after")
-    def _possible(self) -> FeedbackSpec:
-        try:
-            self.resolved()
-        except ConfigError as error:
-            raise _refused(error, "ddpnopt") from error
-        return self
-
     def resolved(self) -> config.FeedbackConfig:
         """Return the configuration."""
         return config.FeedbackConfig(**self.model_dump())
 
 
-class OptionsSpec(_Model):
+class OptionsSpec(_Part):
     """A baseline's own numbers, which its DDPNOpt partner shares; see `ddpnopt.config.BaselineOptions`."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> OptionsSpec:
-        try:
-            self.resolved()
-        except ConfigError as error:
-            raise _refused(error) from error
-        return self
 
     def resolved(self) -> config.BaselineOptions:
         """Return the configuration."""

@@ -68,6 +68,14 @@ REFUSED = [
     (lambda: replace(TRAINING, batch_size=0), "training.batch_size", "0", "from 1"),
     (lambda: replace(TRAINING, batch_size="8"), "training.batch_size", "'8'", "whole number"),
     (lambda: replace(TRAINING, eval_every=0), "training.eval_every", "0", "from 1"),
+    (lambda: TrainingConfig(10, 8, 4, 0), "training.test_every", "0", "from 1"),
+    (
+        lambda: TrainingConfig(10, 8, 4, 6),
+        "training.test_every",
+        "6",
+        "a multiple of eval_every, 4, or all 10",
+    ),
+    (lambda: TrainingConfig(10, 8, 4, None, "last"), "training.train_metrics", "'last'", "full, running"),
     (lambda: FeedbackConfig("newton"), "ddpnopt.terminal_hessian", "'newton'", "exact, gauss_newton"),
     (lambda: FeedbackConfig(convention="sum"), "ddpnopt.convention", "'sum'", "batch_mean, per_sample"),
     (lambda: FeedbackConfig(safeguard="none"), "ddpnopt.safeguard", "'none'", "clamp, psd"),
@@ -258,3 +266,19 @@ def test_from_dict_checks_values():
 )
 def test_what_runs_of_a_pack_share(other, shared):
     assert (RUN.pack_key() == other.pack_key()) is shared
+
+
+@pytest.mark.parametrize(
+    ("test_every", "train_metrics", "train", "test"),
+    [
+        (None, "full", [0, 4, 8, 10], [0, 4, 8, 10]),
+        (8, "full", [0, 4, 8, 10], [0, 8, 10]),
+        (10, "full", [0, 4, 8, 10], [0, 10]),  # all of the steps, though no multiple
+        (4, "running", [4, 8, 10], [0, 4, 8, 10]),
+    ],
+)
+def test_what_is_measured_when(test_every, train_metrics, train, test):
+    training = TrainingConfig(10, 8, 4, test_every, train_metrics)
+    points = list(training.points())
+    assert [step for step in points if training.takes_train_metrics(step)] == train
+    assert [step for step in points if training.takes_test_metrics(step)] == test

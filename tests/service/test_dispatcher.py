@@ -263,6 +263,30 @@ def test_every_baseline_and_convolutions_are_trained(
             assert [cell.n_ended for cell in panel.cells] == [2]
 
 
+def test_stored_curves_have_the_steps_at_which_they_were_taken(
+    sqlite_engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    """Metrics of the training set and of the test set at steps of their own."""
+    small_spec["training"] = {
+        "steps": 10,
+        "batch_size": 16,
+        "eval_every": 2,
+        "test_every": 4,
+        "train_metrics": "running",
+    }
+    sweep_id = submit(sqlite_engine, small_spec)
+    dispatcher = Dispatcher(sqlite_engine, LocalExecutor(), "a")
+    for _ in range(12):
+        dispatcher.step(0)
+    assert sweep(sqlite_engine, sweep_id).state == "completed"
+    wanted = {"train_loss": (2, 4, 6, 8, 10), "accuracy": (0, 4, 8, 10)}
+    with read(sqlite_engine) as connection:
+        for metric, steps in wanted.items():
+            found = result_queries.curve_list(connection, sweep_id, metric, None, None, 100)
+            assert {curve.steps for curve in found} == {steps}
+            assert {len(curve.values) for curve in found} == {len(steps)}
+
+
 def test_closing_gives_everything_back(engine: Engine, small_spec: dict[str, Any]) -> None:
     submit(engine, small_spec)
     script = Script()

@@ -92,6 +92,8 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("training.steps", 1.5, "training.steps", "integer"),
     ("training.batch_size", 143, "training.batch_size", "at most 142, the training set of wine"),
     ("training.eval_every", 5, "training.eval_every", "from 1 to 4"),
+    ("training.test_every", 3, "training.test_every", "a multiple of eval_every, 2, or all 4 steps"),
+    ("training.train_metrics", "last", "training.train_metrics", "'full' or 'running'"),
     ("training", {"steps": 10**7, "batch_size": 8, "eval_every": 1}, "training.eval_every", "from 5000 to"),
     ("training.batch_size", 0, "training.batch_size", "greater than or equal to 1"),
     ("seeds", 0, "seeds", "greater than or equal to 1"),
