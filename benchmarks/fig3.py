@@ -14,10 +14,8 @@ out/fig3.png.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.settings import interleaved, machine, save
+from benchmarks.settings import allocations, interleaved, machine, save, trace_of
 from ddpnopt import BaselineOptimizer, DDPNOpt
 from ddpnopt.errors import ConfigError
 from ddpnopt.layers.modules import KEPT_BYTES
@@ -169,11 +167,7 @@ def peak_bytes(task: tuple[str, Sequence[int], int, str]) -> int | None:
             train()
     except ConfigError:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    changes = allocations(trace_of(profile))
     # The buffer that is never written to (`modules.KEPT_BYTES`) is no memory.
     return int(np.cumsum([change for _, change in changes if abs(change) != KEPT_BYTES // 2]).max())
 

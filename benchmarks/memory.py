@@ -26,10 +26,8 @@ Prints a table and writes out/bench-memory.json.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,7 +40,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.settings import machine, save
+from benchmarks.settings import allocations, machine, save, trace_of
 from ddpnopt.config import (
     BaselineOptions,
     DType,
@@ -239,11 +237,8 @@ def allocated(*phases: Callable[[], object]) -> list[int]:
         for phase in phases:
             with torch.profiler.record_function(PHASE):
                 phase()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    events = trace_of(profile)
+    changes = allocations(events)
     starts = sorted(e["ts"] for e in events if e["name"] == PHASE)
     times, sizes = zip(*changes, strict=True)
     held, phase_of = np.cumsum(sizes), np.searchsorted(starts, times, side="right") - 1

@@ -308,10 +308,8 @@ def main() -> None:
         "the whole)"
     )
     report["company"] = company
-    if missing := fetch.missing("mnist", store.directory() / "mnist"):
-        console.print(
-            f"the paper's CNN was left out: no {missing[0]} in {store.directory()} (docs/datasets.md)"
-        )
+    if fetch.missing("mnist", store.directory() / "mnist"):
+        console.print(f"the paper's CNN was left out: no MNIST in {store.directory()} (docs/datasets.md)")
     else:
         report["cnn"] = measure_cnn(max(2, repeats // 2))
         show_packs(console, "the paper's CNN on MNIST, batch 128", report["cnn"])
