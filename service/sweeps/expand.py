@@ -29,7 +29,7 @@ and smaller ones show the first row of a heatmap sooner."""
 GPU_PACK_RUNS: Final = 10_000
 """The same on a GPU, which needs thousands of small nets to be busy."""
 
-SMALLEST_PACK: Final = 64
+SMALLEST_PACK: Final = 32
 """Packs are not made smaller than this to fill more slots: the time per run and step would rise as much."""
 
 MEMORY_MARGIN: Final = 1.25

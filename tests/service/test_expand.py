@@ -75,7 +75,7 @@ def test_a_baseline_is_shared_by_its_row(small_spec: dict[str, Any]) -> None:
         (Device(cores=1), [200]),
         (Device(cores=2), [100, 100]),
         (Device(cores=3), [70, 65, 65]),
-        (Device(cores=16, memory=64 * 2**30), [70, 65, 65]),  # 16 packs would leave their lanes half empty
+        (Device(cores=16, memory=64 * 2**30), [35, 35, 30, 35, 35, 30]),  # 16 would not fill their lanes
         (Device("gpu", 1, 80 * 2**30), [200]),
     ],
 )

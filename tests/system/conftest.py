@@ -80,12 +80,12 @@ def wait_for(look: Callable[[], T], seconds: float) -> T:
     return seen
 
 
-def start(home: Path) -> Running:
-    """Start a service and wait until it is ready."""
+def start(home: Path, **settings: str) -> Running:
+    """Start a service with some settings and wait until it is ready."""
     home.mkdir(exist_ok=True)
     process = subprocess.Popen(
         [*DDPSWEEP, "serve", "--port", "0"],
-        env=os.environ | {"DDPSWEEP_HOME": str(home)},
+        env=os.environ | {"DDPSWEEP_HOME": str(home)} | settings,
         stdout=subprocess.PIPE,
         stderr=(home / "serve.log").open("a"),
         text=True,

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from service.client import Client
 from tests.system.conftest import Running
-from tests.system.test_kill import SPEC, submit
+from tests.system.test_kill import submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.browser]
 
@@ -49,7 +49,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 def test_a_sweep_seen_from_start_to_end(service: Running, page: Page, tmp_path: Path) -> None:
     with Client(service.url) as client:
-        sweep_id = submit(client, name="seen", training=SPEC["training"] | {"steps": 600})
+        sweep_id = submit(client, name="seen")
         page.goto(f"{service.url}/")
         page.evaluate("window.neverReloaded = true")
         row = page.locator("tr", has_text=sweep_id)
@@ -90,7 +90,7 @@ def test_a_sweep_seen_from_start_to_end(service: Running, page: Page, tmp_path: 
 
 def test_a_page_of_a_sweep_that_is_over_stops_asking(service: Running, page: Page) -> None:
     with Client(service.url) as client:
-        sweep_id = submit(client, name="short", seeds=1, training=SPEC["training"] | {"steps": 20})
+        sweep_id = submit(client, name="short", seeds=1, training={"steps": 20, "batch_size": 16})
         list(client.watch(sweep_id))
     page.goto(f"{service.url}/sweeps/{sweep_id}")
     asked: list[str] = []
