@@ -82,7 +82,10 @@ PACK: Final = 64
 """Runs of a pack whose time is estimated."""
 
 TAKING_APART: Final = {"kfac": (4e-7, 1e-10), "ekfac": (1.6e-6, 9e-11)}
-"""Seconds for the inverse or the eigenvectors of a matrix: times its size, and times its cube."""
+"""Seconds for the inverse or the eigenvectors of a matrix by LAPACK: times its size, and times its cube."""
+
+JACOBI: Final = (32, 1.5e-9)
+"""Side up to which eigenvectors come from many matrices at once, and seconds for them times its cube."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -712,7 +715,7 @@ def seconds(net: Sequence[Layer], batch: int, method: Method) -> float:
         + book.peak / NUMBERS_PER_SECOND
         + convolutions * (3 if method.feedback is None else 8) * CALL_SECONDS
         + solves * SOLVE_SECONDS
-        + _taking_apart(net, method)
+        + _taking_apart(net, batch, method)
     )
 
 
@@ -752,10 +755,18 @@ def _flops(layer: Layer, batch: int, method: Method, *, first: bool) -> float:
     return 2.0 * batch * flops
 
 
-def _taking_apart(net: Sequence[Layer], method: Method) -> float:
+def _taking_apart(net: Sequence[Layer], batch: int, method: Method) -> float:
     """Estimate the time for the eigenvectors or inverses of Kronecker factors, spread over the steps."""
     if not method.kronecker:
         return 0.0
-    linear, cubic = TAKING_APART[method.preconditioner]
-    sizes = [size for layer in net for size in (layer.i, layer.o)]
-    return sum(linear * size + cubic * size**3 for size in sizes) / method.options.inverse_every
+    # The factors themselves, or what the batch spans of them.
+    sizes = [size for layer in net for size in bases(layer, batch, method)]
+    return sum(_one_apart(size, method.preconditioner) for size in sizes) / method.options.inverse_every
+
+
+def _one_apart(size: int, preconditioner: str) -> float:
+    largest, jacobi = JACOBI
+    if preconditioner == "ekfac" and size <= largest:
+        return jacobi * size**3
+    linear, cubic = TAKING_APART[preconditioner]
+    return linear * size + cubic * size**3
