@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DECLARED := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint bench-pack bench-tune bench-memory bench-cores bench-gpu bench-plan profile fig3 solo \
-	soak units table3 numerics image format clean
+.PHONY: help demo serve test lint bench-pack bench-tune bench-memory bench-cores bench-gpu bench-plan bench-queue \
+	bench-throughput bench-fairness chaos profile fig3 solo soak units table3 numerics image format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,18 @@ bench-cores: $(VENV)/.installed ## how packs, processes and threads fill the cor
 
 bench-plan: $(VENV)/.installed ## time the planning of grids of up to 1,000,000 runs
 	$(BIN)/python -m benchmarks.planning
+
+bench-queue: $(VENV)/.installed-dev ## submit 100,000 runs, claim packs with 1,000,000 stored (minutes)
+	$(BIN)/python -m benchmarks.queue
+
+bench-throughput: $(VENV)/.installed-dev $(VENV)/.installed-bench ## runs a second, against Ray Tune and Optuna (minutes)
+	$(BIN)/python -m benchmarks.throughput
+
+bench-fairness: $(VENV)/.installed ## simulate the fair share: 10,000 sweeps on 1,000 devices
+	$(BIN)/python -m benchmarks.fairness
+
+chaos: $(VENV)/.installed-dev ## kill, stop and starve everything, at full length (an hour or two)
+	DDPSWEEP_CHAOS=full $(BIN)/python -m pytest -s -m chaos --timeout 7200
 
 bench-gpu: $(VENV)/.installed ## packs of up to 10,000 runs on a GPU, against one run at a time
 	$(BIN)/python -m benchmarks.gpu

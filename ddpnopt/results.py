@@ -97,4 +97,17 @@ class Finished:
     results: tuple[RunResult, ...]
 
 
-EngineEvent: TypeAlias = Progress | Finished
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The end of a pack that was asked to stop after `step` updates.
+
+    Attributes:
+        step: updates done.
+        kept: whether its state is kept, so that training can go on from there.
+    """
+
+    step: int
+    kept: bool
+
+
+EngineEvent: TypeAlias = Progress | Finished | Stopped

@@ -30,10 +30,10 @@ STOP_S: Final = 30
 
 
 @contextmanager
-def service(home: Path) -> Iterator[str]:
-    """Run `ddpsweep serve` on a free port and yield its URL."""
-    environment = os.environ | {"DDPSWEEP_HOME": str(home)}
-    environment.pop("DDPSWEEP_DATABASE_URL", None)
+def service(home: Path, **settings: str) -> Iterator[str]:
+    """Run `ddpsweep serve` with some settings on a free port and yield its URL."""
+    environment = {name: value for name, value in os.environ.items() if name != "DDPSWEEP_DATABASE_URL"}
+    environment |= {"DDPSWEEP_HOME": str(home)} | settings
     home.mkdir(parents=True, exist_ok=True)
     with (home / "serve.log").open("w") as log:
         process = subprocess.Popen(

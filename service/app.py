@@ -11,6 +11,7 @@ from sqlalchemy import select
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from service import __version__
+from service.cluster import endpoints as cluster
 from service.config import Settings
 from service.dashboard import pages
 from service.db import schema
@@ -19,6 +20,7 @@ from service.http import Problem, Reading, install_handlers, problems
 from service.results import endpoints as results
 from service.sweeps import endpoints as sweeps
 from service.sweeps.spec import SweepSpec
+from service.teams import endpoints as teams
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -48,11 +50,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.engine, app.state.device = engine, settings.machine()
+    app.state.engine, app.state.settings = engine, settings
     hosts = [host.strip() for host in settings.allowed_hosts.split(",")]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     install_handlers(app)
-    for router in (sweeps.router, results.router, pages.router):
+    for router in (sweeps.router, results.router, teams.router, cluster.router, pages.router):
         app.include_router(router)
     pages.mount_static(app)
     app.add_api_route("/healthz", _healthz, tags=["health"])

@@ -14,6 +14,7 @@ from sqlalchemy import URL
 
 from service.errors import SetupError
 from service.sweeps.device import Device
+from workers.protocol import DeviceKind
 
 DEFAULT_PORT: Final = 8321
 MAX_BODY_BYTES: Final = 4 * 2**20
@@ -31,6 +32,8 @@ class Settings(BaseSettings):
         slots: packs at once on a private Ray; unset takes every CPU. Packs are planned for as many.
         pack_memory: bytes that a pack may take. Unset, packs are planned for a slot's share of three quarters
             of what this machine has; workers of a private Ray take no more, those of a cluster what there is.
+        gpu_memory: bytes of each GPU; packs for GPUs are planned for three quarters of them.
+        backlog: packs that wait in Ray beyond the devices, so that an autoscaler sees demand.
         checkpoints: folder that all workers see, where packs that train for long keep their state; unset is
             one in `home` with a private Ray, and none on a cluster.
         checkpoint_every: seconds of training between two of these.
@@ -48,6 +51,8 @@ class Settings(BaseSettings):
     ray_address: str | None = None
     slots: int | None = Field(default=None, ge=1, le=10_000)
     pack_memory: int | None = Field(default=None, ge=64 * 2**20)
+    gpu_memory: int = Field(default=16 * 2**30, ge=2**30)
+    backlog: int = Field(default=0, ge=0, le=1000)
     checkpoints: Path | None = None
     checkpoint_every: float = Field(default=60.0, gt=0)
     allow_unauthenticated: bool = False
@@ -67,6 +72,10 @@ class Settings(BaseSettings):
             return Device("cpu", slots, slots * self.pack_memory)
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Device("cpu", slots, int(MEMORY_SHARE * physical))
+
+    def device_for(self, kind: DeviceKind | None) -> Device:
+        """Return what the packs of a sweep are planned for that asks for a kind of device."""
+        return Device("gpu", 1, int(MEMORY_SHARE * self.gpu_memory)) if kind == "gpu" else self.machine()
 
     def worker_memory(self) -> int | None:
         """Return the bytes that a worker's training may take; None does not limit it."""

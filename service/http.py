@@ -15,7 +15,9 @@ from pydantic import BaseModel
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.config import MAX_BODY_BYTES
 from service.db import engine as db
@@ -27,6 +29,9 @@ from service.sweeps.spec import SweepSpec
 log = logging.getLogger(__name__)
 
 PROBLEM: Final = "application/problem+json"
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+OWN_SITES: Final = frozenset({"same-origin", "none"})
+DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
 YAML_TYPES: Final = frozenset({"application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml"})
 
 
@@ -99,8 +104,45 @@ async def _body(request: Request) -> Body:
 RequestBody = Annotated[Body, Depends(_body)]
 
 
+class OwnPagesOnly:
+    """Refuses what a page of another site makes a user's browser change here.
+
+    A browser says where a request comes from, in headers that a page's script cannot set. Whoever sends none
+    of these is no browser, and no page speaks through it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with a 403."""
+        acts = scope["type"] == "http" and scope["method"] not in SAFE_METHODS
+        if acts and _is_foreign(Headers(scope=scope)):
+            detail = f"{scope['method']} {scope['path']}: asked for by a page of another site"
+            problem = {"type": "about:blank", "title": "Forbidden", "status": 403, "detail": detail}
+            await _answer(problem)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+def _is_foreign(headers: Headers) -> bool:
+    if any(site not in OWN_SITES for site in headers.getlist("sec-fetch-site")):
+        return True
+    host = headers.get("host", "").lower()
+    return any(not _is_at(origin.lower(), host) for origin in headers.getlist("origin"))
+
+
+def _is_at(origin: str, host: str) -> bool:
+    """Tell whether an origin such as https://a.example is the host that a request names."""
+    scheme, _, place = origin.partition("://")
+    port = DEFAULT_PORTS.get(scheme)
+    # The scheme is not compared: before a proxy it is https, behind it http.
+    return port is not None and bool(place) and place.removesuffix(port) == host.removesuffix(port)
+
+
 def install_handlers(app: FastAPI) -> None:
-    """Turn every error into a problem document (RFC 9457)."""
+    """Turn every error into a problem document (RFC 9457), and keep pages of other sites from acting here."""
+    app.add_middleware(OwnPagesOnly)
     handlers = {
         ServiceError: _service_error,
         RequestValidationError: _parameter_error,

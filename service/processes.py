@@ -1,4 +1,7 @@
-"""The processes of one machine: the API, the dispatcher, and a supervisor over both.
+"""The processes of one machine: the API, the dispatcher, and a supervisor over one of them or both.
+
+The dispatcher is Ray's driver, which Ray itself ends when its head is lost. So it is a child: the supervisor
+outlives it, takes back the leases that it held, and starts another.
 
 A child reads from a pipe that the supervisor holds open. When the supervisor ends, however that happens, the
 pipe closes and the child ends itself: nothing is left behind.
@@ -25,7 +28,7 @@ from sqlalchemy.exc import DBAPIError
 from service.config import Settings, check_host
 from service.db import schema
 from service.db.engine import open_engine, write
-from service.dispatch import leases
+from service.dispatch import leases, presence
 from service.dispatch.main import EXIT_LOST, new_owner
 from service.errors import SetupError
 
@@ -161,20 +164,19 @@ class Child:
 
 
 class Supervisor:
-    """Runs the API and the dispatcher as children.
+    """Runs a dispatcher, and perhaps the API, as children.
 
     Args:
-        settings: of the service.
-        bound: the API's socket.
         engine: gives back the leases of a dispatcher that died.
+        bound: the API's socket; None runs no API.
     """
 
-    def __init__(self, settings: Settings, bound: socket.socket, engine: Engine) -> None:
+    def __init__(self, engine: Engine, bound: socket.socket | None) -> None:
         self.engine, self.owner = engine, ""
-        self.children = [
-            Child("API", lambda: ["api", str(bound.fileno())], lambda: None, (bound.fileno(),)),
-            Child("dispatcher", self._dispatcher_arguments, self._dispatcher_died),
-        ]
+        self.children = [Child("dispatcher", self._dispatcher_arguments, self._dispatcher_died)]
+        if bound is not None:
+            port = bound.fileno()
+            self.children.insert(0, Child("API", lambda: ["api", str(port)], lambda: None, (port,)))
         self._stop = threading.Event()
 
     def _dispatcher_arguments(self) -> list[str]:
@@ -185,6 +187,7 @@ class Supervisor:
         try:
             with write(self.engine) as connection:
                 given_back = leases.release(connection, self.owner)
+                presence.leave(connection, self.owner)
         except DBAPIError as error:
             log.warning("its packs wait for their leases to run out: %s", error.orig)
         else:

@@ -108,5 +108,15 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     yield engine
     with write(engine) as connection:
         for table in reversed(tables.metadata.sorted_tables):
-            connection.execute(table.delete())
-    engine.dispose()
+            if table not in (tables.teams, tables.scheduler):
+                connection.execute(table.delete())
+        connection.execute(tables.teams.delete().where(tables.teams.c.name != "default"))
+        fresh = {
+            "weight": 1,
+            "max_devices": None,
+            "max_queued_runs": None,
+            "device_seconds": 0,
+            "run_steps": 0,
+        }
+        connection.execute(tables.teams.update().values(fresh))
+        connection.execute(tables.scheduler.update().values(virtual_times={}))

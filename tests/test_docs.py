@@ -14,7 +14,7 @@ from ddpnopt import config
 from service.config import Settings
 from service.sweeps.documents import parse_spec, parse_yaml
 from service.sweeps.expand import plan
-from service.sweeps.spec import FeedbackSpec, ModelSpec, TrainingSpec
+from service.sweeps.spec import FeedbackSpec, ModelSpec, SweepSpec, TrainingSpec
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md")]
@@ -104,3 +104,9 @@ def test_the_options_of_ddpnopt_are_all_told() -> None:
 def test_the_settings_are_all_told() -> None:
     known: dict[str, FieldInfo] = Settings.model_fields
     assert set(rows("| setting |")) == {f"DDPSWEEP_{name.upper()}" for name in known}
+
+
+def test_the_optional_keys_of_a_spec_are_told() -> None:
+    assert set(rows("| optional key of the spec |")) == {"priority", "reuse", "device"}
+    optional = {name for name, field in SweepSpec.model_fields.items() if not field.is_required()}
+    assert optional == {"priority", "reuse", "device", "loss", "dtype"}

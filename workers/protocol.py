@@ -42,6 +42,16 @@ class Pool:
     model: str = "cpu"
     team: str | None = None
 
+    def key(self) -> str:
+        """Return the pool as one text; `of_key` reads it back."""
+        return f"{self.kind}/{self.model}/{self.team or ''}"
+
+    @classmethod
+    def of_key(cls, key: str) -> Pool:
+        """Read what `key` wrote: none of the parts has a slash."""
+        kind, model, team = key.split("/")
+        return cls("gpu" if kind == "gpu" else "cpu", model, team or None)
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -207,6 +217,10 @@ class PackStopped:
     attempt: int
     kept: bool
     log: str = ""
+
+
+class CannotJoinError(ConnectionError):
+    """A cluster that cannot be joined as things are: asking again does not help, setting it up does."""
 
 
 class ExecutorLostError(Exception):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import platform
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,44 +21,120 @@ from ddpnopt.errors import DDPNOptError
 from ddpnopt.lanes.library import library
 from ddpnopt.pack.checkpoint import Checkpoints
 from ddpnopt.pack.engine import train
-from ddpnopt.results import Progress, RunResult
+from ddpnopt.results import EngineEvent, Progress, RunResult, Stopped
 from workers import memory
-from workers.protocol import Environment, PackEvent, PackFailed, PackFinished, PackProgress, PackTask
+from workers.protocol import (
+    Environment,
+    PackEvent,
+    PackFailed,
+    PackFinished,
+    PackProgress,
+    PackStarted,
+    PackStopped,
+    PackTask,
+)
 
 log = logging.getLogger(__name__)
 
 
+def never() -> bool:
+    """Do not stop."""
+    return False
+
+
+def silence() -> str:
+    """Nothing was written."""
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a pack trains, and who looks after it there.
+
+    Attributes:
+        node: what the machine is called.
+        device: of torch's.
+        stopping: tells whether the attempt is to stop; asked every few seconds.
+        written: returns what the attempt has written since it was last asked.
+    """
+
+    node: str = ""
+    device: str = "cpu"
+    stopping: Callable[[], bool] = never
+    written: Callable[[], str] = silence
+
+
+HERE: Final = Site()
+
+
 def run_pack(
-    task: PackTask, checkpoints: Checkpoints | None = None, device: str = "cpu"
+    task: PackTask, checkpoints: Checkpoints | None = None, site: Site = HERE
 ) -> Iterator[PackEvent]:
     """Train a pack.
 
     Args:
         task: what to train.
         checkpoints: where its state is kept, to go on from after an interruption.
-        device: where to train.
+        site: where to train.
 
     Yields:
-        `PackProgress` at every point of the curves, then `PackFinished` or `PackFailed`. Nothing that
-        goes wrong in training escapes as an exception.
+        `PackStarted`, `PackProgress` at every point of the curves, then `PackFinished`, `PackFailed` or
+        `PackStopped`. Nothing that goes wrong in training escapes as an exception.
     """
     try:
-        data = load(task.runs[0].dataset)
-        results: list[RunResult] = []
-        for event in _in_parts(task, data, checkpoints, device):
-            if isinstance(event, PackProgress):
-                yield event
-            else:
-                results.append(event)
-        results.sort(key=lambda result: result.index)
-        environment = describe(data.checksum, device, _kernel(task, device))
-        yield PackFinished(task.pack_id, task.attempt, tuple(results), environment)
+        yield PackStarted(task.pack_id, task.attempt, site.node, device_name(site.device))
+        for event in _trained(task, checkpoints, site):
+            yield replace(event, log=site.written())
     except DDPNOptError as error:
-        yield _failed(task, error, retryable=False)
+        yield _failed(task, error, site, retryable=False)
     except Exception as error:
         # The edge of the worker: all that goes wrong becomes an event. Another attempt may find more memory,
         # or a disk that is no longer full.
-        yield _failed(task, error, retryable=True)
+        yield _failed(task, error, site, retryable=True)
+
+
+def _trained(
+    task: PackTask, checkpoints: Checkpoints | None, site: Site
+) -> Iterator[PackProgress | PackFinished | PackStopped]:
+    started = time.monotonic()
+    data = load(task.runs[0].dataset)
+    environment = describe(data.checksum, site.device, _kernel(task, site.device))
+    reused = _reused(task, environment, site.device)
+    places = [place for place in range(len(task.runs)) if place not in set(reused)]
+    _announce(task, environment, len(places))
+    results: list[RunResult] = []
+    for event in _in_parts(task, places, data, checkpoints, site):
+        if isinstance(event, RunResult):
+            results.append(event)
+            continue
+        if isinstance(event, PackStopped):
+            log.info("pack %d: stopped, its state is %s", task.pack_id, "kept" if event.kept else "lost")
+        yield event
+        if isinstance(event, PackStopped):
+            return
+    results.sort(key=lambda result: result.index)
+    log.info("pack %d: done after %.1f s", task.pack_id, time.monotonic() - started)
+    yield PackFinished(task.pack_id, task.attempt, tuple(results), environment, reused)
+
+
+def _announce(task: PackTask, environment: Environment, trained: int) -> None:
+    first, known = task.runs[0], len(task.runs) - trained
+    log.info(
+        "pack %d, attempt %d: %d runs on %s for %d steps%s; on %s, with %s",
+        *(task.pack_id, task.attempt, trained, first.dataset, first.training.steps),
+        f", {known} more are known already" if known else "",
+        *(environment.device, environment.versions["kernel"]),
+    )
+
+
+def _reused(task: PackTask, environment: Environment, device: str) -> tuple[int, ...]:
+    """Return the places of the runs that would get here the very bits that are recorded.
+
+    On a GPU a run's bits depend on who shares its pack, so that a part of a pack would be another one.
+    """
+    key = environment.key()
+    same = tuple(place for place, known in enumerate(task.known) if known == key)
+    return same if device == "cpu" or len(same) == len(task.runs) else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +153,38 @@ class _Piece:
 
 
 def _in_parts(
-    task: PackTask, data: Dataset, checkpoints: Checkpoints | None, device: str
-) -> Iterator[PackProgress | RunResult]:
-    """Train the whole pack at once if memory suffices, else in halves, or halves of these, one after another.
+    task: PackTask, places: Sequence[int], data: Dataset, checkpoints: Checkpoints | None, site: Site
+) -> Iterator[PackProgress | PackStopped | RunResult]:
+    """Train these runs at once if memory suffices, else in halves, or halves of these, one after another.
 
     A run's numbers do not depend on the pack that it is in, so nobody can tell afterwards.
 
     Yields:
-        Progress of the whole, and each run's result.
+        Progress of the whole, and each run's result; or, last, that the pack was stopped.
 
     Raises:
         Exception: what says that memory ran out, if a single run is too large.
     """
-    waiting, lost = [_Piece(0, len(task.runs))], 0
+    waiting, lost = [_Piece(0, len(places))] if places else [], 0
     while waiting:
         piece = waiting.pop(0)
+        chosen = places[piece.start : piece.stop]
         try:
-            for event in train(task.runs[piece.start : piece.stop], data, device, checkpoints=checkpoints):
+            for event in _train(task, chosen, data, checkpoints, site):
                 if isinstance(event, Progress):
-                    yield _overall(task, piece, event, lost)
-                    continue
-                lost += sum(result.state != "completed" for result in event.results)
-                yield from (replace(r, index=piece.start + r.index) for r in event.results)
+                    yield _overall(task, len(places), piece, event, lost)
+                elif isinstance(event, Stopped):
+                    yield PackStopped(task.pack_id, task.attempt, event.kept)
+                    return
+                else:
+                    lost += sum(result.state != "completed" for result in event.results)
+                    yield from (replace(result, index=chosen[result.index]) for result in event.results)
         except (MemoryError, RuntimeError) as error:
             if not memory.is_exhausted(error) or len(piece) == 1:
                 raise
-            log.warning("pack %d: %d runs at once are too many: %s", task.pack_id, len(piece), error)
+            log.warning(
+                "pack %d: %d runs at once are too many, it is split: %s", task.pack_id, len(piece), error
+            )
             halves = piece.halves()
             largest = len(halves[1])
             waiting = halves + [
@@ -112,9 +196,15 @@ def _in_parts(
         _let_go()
 
 
-def _overall(task: PackTask, piece: _Piece, event: Progress, lost: int) -> PackProgress:
-    """Return the progress of the whole pack, whose earlier pieces are done and have lost some members."""
-    total = len(task.runs)
+def _train(
+    task: PackTask, places: Sequence[int], data: Dataset, checkpoints: Checkpoints | None, site: Site
+) -> Iterator[EngineEvent]:
+    runs = [task.runs[place] for place in places]
+    return train(runs, data, site.device, checkpoints=checkpoints, stopping=site.stopping)
+
+
+def _overall(task: PackTask, total: int, piece: _Piece, event: Progress, lost: int) -> PackProgress:
+    """Return the progress of all that is trained, whose earlier pieces are done and have lost members."""
     step = (piece.start * event.steps + len(piece) * event.step) // total
     active = event.active + total - len(piece) - lost
     return PackProgress(task.pack_id, task.attempt, step, event.steps, active)
@@ -126,10 +216,11 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _failed(task: PackTask, error: Exception, *, retryable: bool) -> PackFailed:
+def _failed(task: PackTask, error: Exception, site: Site, *, retryable: bool) -> PackFailed:
     lines = str(error).splitlines() or [""]
-    reason = f"{type(error).__name__}: {lines[0]}"
-    return PackFailed(task.pack_id, task.attempt, reason[:500], traceback.format_exc()[-8000:], retryable)
+    reason, detail = f"{type(error).__name__}: {lines[0]}", traceback.format_exc()[-8000:]
+    log.error("pack %d, attempt %d failed: %s", task.pack_id, task.attempt, reason)
+    return PackFailed(task.pack_id, task.attempt, reason[:500], detail, retryable, site.written())
 
 
 def _kernel(task: PackTask, device: str) -> str:
@@ -148,8 +239,12 @@ def describe(data_checksum: str, device: str = "cpu", kernel: str = "torch") -> 
         "threads": str(torch.get_num_threads()),
         "kernel": kernel,
     }
-    name = cpu_name() if device == "cpu" else torch.cuda.get_device_name(device)
-    return Environment(name, versions, data_checksum)
+    return Environment(device_name(device), versions, data_checksum)
+
+
+def device_name(device: str) -> str:
+    """Return the model of a device of torch's."""
+    return cpu_name() if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def cpu_name() -> str:

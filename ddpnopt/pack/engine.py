@@ -42,6 +42,7 @@ from ddpnopt.results import (
     Finished,
     Progress,
     RunResult,
+    Stopped,
     non_finite_kind,
 )
 
@@ -49,6 +50,9 @@ log = logging.getLogger(__name__)
 
 Leaving = Callable[[int], Collection[int]]
 """Takes a step and returns the places of the runs that are to leave the pack after it."""
+
+Stopping = Callable[[], bool]
+"""Tells whether training is to stop now."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,6 +87,7 @@ def train(
     *,
     checkpoints: Checkpoints | None = None,
     leaving: Leaving | None = None,
+    stopping: Stopping | None = None,
 ) -> Iterator[EngineEvent]:
     """Train runs of one pack key together.
 
@@ -94,9 +99,11 @@ def train(
             from there, with the same bits as if it had never stopped. At the end it is removed. A state that
             cannot be written costs a warning.
         leaving: asked at every point of the curves but the last who leaves.
+        stopping: asked at the start and after every stretch, of which one ends at each point of the curves.
 
     Yields:
-        `Progress` at every point of the curves, then one `Finished`. Closing the iterator stops the training.
+        `Progress` at every point of the curves, then one `Finished`, or `Stopped` if `stopping` said so.
+        Closing the iterator stops the training too, and keeps nothing.
 
     Raises:
         ConfigError: if the runs cannot share a pack or their batch is larger than the training set.
@@ -105,33 +112,60 @@ def train(
     if not runs:
         raise ConfigError("runs", [], "at least one run")
     trainer = Trainer(runs, data or load(runs[0].dataset), torch.device(device))
-    if checkpoints is not None:
-        trainer.resume(checkpoints)
-    training = runs[0].training
-    saved = time.monotonic()
+    training, keeper = runs[0].training, _Keeper(trainer, checkpoints)
+    if checkpoints is not None and trainer.resume(checkpoints):
+        log.info("the pack goes on from its state at step %d of %d", trainer.step, training.steps)
+    if stopping is not None and stopping():
+        yield Stopped(trainer.step, keeper.save())
+        return
     for point in training.points():
         if point < trainer.step:
             continue
         for _ in trainer.stretches(point):
-            if checkpoints is not None and time.monotonic() - saved >= checkpoints.every:
-                _save(trainer, checkpoints)
-                saved = time.monotonic()
+            # Before the point's metrics: a state is one without them, and they are taken on resuming.
+            if stopping is not None and stopping():
+                yield Stopped(trainer.step, keeper.save())
+                return
+            keeper.save_in_time()
         trainer.take_metrics()
         if leaving is not None and point < training.steps:
             trainer.cancel(leaving(point))
         yield Progress(point, training.steps, trainer.active)
         if trainer.active == 0:
             break
-    if checkpoints is not None:
-        checkpoints.discard(trainer.key)
+    keeper.discard()
     yield Finished(trainer.results())
 
 
-def _save(trainer: Trainer, checkpoints: Checkpoints) -> None:
-    try:
-        trainer.save(checkpoints)
-    except OSError as error:  # a full disk is no reason to lose what was trained
-        log.warning("the pack's state could not be written to %s: %s", checkpoints.folder, error)
+class _Keeper:
+    """Keeps a pack's state now and then, if there is a place for it."""
+
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints | None) -> None:
+        self._trainer, self._checkpoints = trainer, checkpoints
+        self._saved = time.monotonic()
+
+    def save(self) -> bool:
+        """Keep the state; false if that is not possible."""
+        if self._checkpoints is None:
+            return False
+        try:
+            self._trainer.save(self._checkpoints)
+        except OSError as error:  # a full disk is no reason to lose what was trained
+            log.warning("the pack's state could not be written to %s: %s", self._checkpoints.folder, error)
+            return False
+        return True
+
+    def save_in_time(self) -> None:
+        """Keep the state if the last time is long enough ago."""
+        if self._checkpoints is None or time.monotonic() - self._saved < self._checkpoints.every:
+            return
+        self.save()
+        self._saved = time.monotonic()
+
+    def discard(self) -> None:
+        """Forget the state that was kept."""
+        if self._checkpoints is not None:
+            self._checkpoints.discard(self._trainer.key)
 
 
 RunCurve = tuple[NDArray[np.int64], NDArray[np.float64]]
@@ -202,7 +236,7 @@ class Trainer:
         self.parts = _parts(runs, data, device, usable, threads or torch.get_num_threads())
         self.batches = BatchStream(distinct_seeds(runs), samples, batch_size, device)
         self.step = 0
-        self._updates = 64
+        self._updates = 1  # grows fast; a large net's first stretch must not be minutes
         self._last_point = 0
         self.train_curves, self.test_curves = Curves(TRAIN_METRICS), Curves(TEST_METRICS)
         self.diverged: dict[int, Divergence] = {}

@@ -1,4 +1,4 @@
-"""What the CLI shows: the progress bar, tables, the heatmap in a terminal."""
+"""What the CLI shows: the progress bar, tables, logs, the heatmap in a terminal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from service.results import figures
 from service.results.statistics import CellState, Heatmap
+from service.text import plain
 
 STYLES: Final = {
     CellState.BETTER: "bold blue",
@@ -20,6 +21,9 @@ STYLES: Final = {
     CellState.PENDING: "dim",
     CellState.DIVERGED: "magenta",
 }
+
+
+NO_DISPATCHER: Final = "nothing trains: no dispatcher is running"
 
 
 class _Facts(ProgressColumn):
@@ -32,6 +36,8 @@ class _Facts(ProgressColumn):
             parts.append(f"{progress['run_steps_per_second']:,.0f} run-steps/s")
         if progress["seconds_left"] is not None:
             parts.append(f"{progress['seconds_left']:.0f} s left")
+        if progress["runs_reused"]:
+            parts.append(f"{progress['runs_reused']} reused")
         if progress["runs_diverged"]:
             parts.append(f"{progress['runs_diverged']} diverged")
         return Text(" · ".join(parts))
@@ -58,22 +64,129 @@ def follow(console: Console, states: Iterable[dict[str, Any]]) -> dict[str, Any]
     return last
 
 
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold not italic")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
 def sweep_table(sweeps: Iterable[dict[str, Any]]) -> Table:
     """Return a table of sweeps."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("id", "name", "state", "runs", "diverged", "submitted"):
-        table.add_column(name)
+    table = _table("id", "name", "team", "state", "runs", "reused", "diverged", "submitted")
     for sweep in sweeps:
         progress = sweep["progress"]
         table.add_row(
             sweep["id"],
-            Text(sweep["name"]),
+            Text(plain(sweep["name"])),
+            sweep["team"],
             sweep["state"],
             f"{progress['runs_done']}/{progress['runs_total']}",
+            str(progress["runs_reused"]),
             str(progress["runs_diverged"]),
             sweep["created_at"][:19].replace("T", " "),
         )
     return table
+
+
+def pack_table(packs: Iterable[dict[str, Any]]) -> Table:
+    """Return a table of packs: where the last attempt was, and what all of them took."""
+    table = _table("pack", "state", "runs", "step", "attempts", "node", "device-seconds", "error")
+    for pack in packs:
+        attempts = pack["attempts"]
+        table.add_row(
+            str(pack["pack"]),
+            pack["state"],
+            str(pack["runs"]),
+            f"{pack['step']}/{pack['steps']}",
+            str(pack["attempt"]),
+            Text(plain((attempts and attempts[-1]["node"]) or "")),
+            f"{sum(tried['device_seconds'] for tried in attempts):,.1f}",
+            Text(plain(pack["error"] or "")),
+        )
+    return table
+
+
+def log_text(pack: dict[str, Any], attempt: int, log: str) -> str:
+    """Return an attempt's log under a heading that says how the attempt ended."""
+    tried = next((t for t in pack["attempts"] if t["attempt"] == attempt), {"outcome": "?", "error": None})
+    heading = f"== pack {pack['pack']}, attempt {attempt}: {tried['outcome']}"
+    if tried["error"]:
+        heading += f": {' '.join(plain(tried['error']).split())}"
+    parts = [heading, plain(log).rstrip() or "(it wrote nothing)"]
+    detail = plain(pack["error_detail"] or "").strip()
+    if attempt == pack["attempt"] and detail not in plain(log):
+        parts.append(detail)
+    return "\n".join(parts)
+
+
+def team_table(teams: Iterable[dict[str, Any]], title: str | None = None) -> Table:
+    """Return a table of teams: share and quotas, what they have now, what they used."""
+    table = _table(
+        "team",
+        "weight",
+        "max devices",
+        "max queued runs",
+        "devices",
+        "packs queued",
+        "device-seconds",
+        "run-steps",
+        title=title,
+    )
+    for team in teams:
+        table.add_row(
+            team["name"],
+            f"{team['weight']:g}",
+            _limit(team["max_devices"]),
+            _limit(team["max_queued_runs"]),
+            f"{team['devices']:g}",
+            str(team["packs_queued"]),
+            f"{team['device_seconds']:,.1f}",
+            f"{team['run_steps']:,}",
+        )
+    return table
+
+
+def cluster_tables(cluster: dict[str, Any]) -> Group:
+    """Return the cluster: machines, what runs where and for whom, teams."""
+    count = len(cluster["dispatchers"])
+    told = f"dispatchers: {count}" if count else NO_DISPATCHER
+    parts: list[Any] = [Text(told, "" if count else "bold red")]
+    if cluster["nodes"]:
+        parts += ["", _node_table(cluster["nodes"])]
+    if cluster["packs"]:
+        parts += ["", _running_table(cluster["packs"])]
+    return Group(*parts, "", team_table(cluster["teams"], "teams"))
+
+
+def _node_table(nodes: Iterable[dict[str, Any]]) -> Table:
+    table = _table("node", "kind", "model", "team", "devices", title="nodes")
+    for node in nodes:
+        names = (Text(plain(node["name"])), node["kind"], Text(plain(node["model"])), node["team"] or "all")
+        table.add_row(*names, f"{node['devices']:g}")
+    return table
+
+
+def _running_table(packs: Iterable[dict[str, Any]]) -> Table:
+    table = _table(
+        "sweep", "name", "team", "pack", "node", "device", "step", "seconds", title="running packs"
+    )
+    for pack in packs:
+        table.add_row(
+            pack["sweep_id"],
+            Text(plain(pack["sweep_name"])),
+            pack["team"],
+            str(pack["pack"]),
+            Text(plain(pack["node"] or "waits for one")),
+            Text(plain(pack["device"] or "")),
+            f"{pack['step']}/{pack['steps']}",
+            f"{pack['seconds']:.0f}",
+        )
+    return table
+
+
+def _limit(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}" if value < 1e6 else f"{value:,.0f}"
 
 
 def heatmap_table(heatmap: Heatmap) -> Group:

@@ -1,14 +1,17 @@
-"""`ddpsweep`: start the service, submit sweeps, look at them.
+"""`ddpsweep`: start the service, submit sweeps, look at them, stop them and let them go on.
 
-Exit codes: 0 done; 1 cannot (no server, a sweep that failed, a setup that does not work); 2 bad input.
+Exit codes: 0 done; 1 cannot (no server, a sweep that failed or was cancelled, an action that its state does
+not allow, a setup that does not work); 2 bad input.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
@@ -22,16 +25,24 @@ from service.client import Client, DDPSweepClientError, InvalidInput
 from service.config import DEFAULT_PORT, Settings
 from service.errors import ServiceError
 from service.results.statistics import Heatmap
+from service.text import plain
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 db_app = typer.Typer(no_args_is_help=True, help="The database's schema.")
+team_app = typer.Typer(no_args_is_help=True, help="Teams: their share of the devices and their quotas.")
 app.add_typer(db_app, name="db")
-out = Console(highlight=False)
+app.add_typer(team_app, name="team")
+# What is not a terminal has no width, and `grep` wants a row in one line.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 PICTURES: Final = (".png", ".svg", ".pdf")
+LOGS_SHOWN: Final = 10
+LOG_EXCERPT: Final = 4000
+"""Characters of each log where several are shown."""
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SweepId = Annotated[str, typer.Argument(help="A sweep's id.", metavar="ID")]
 SpecFile = Annotated[
     Path, typer.Argument(help="A spec, YAML or JSON; - reads standard input.", metavar="SPEC")
@@ -90,24 +101,22 @@ def serve(
 
     settings = Settings()
     processes.configure_logging()
-    if role == "dispatcher":
-        from service.dispatch import main as dispatcher
-
-        processes.prepare_database(settings, migrate=False).dispose()
-        dispatcher.run(settings, dispatcher.new_owner())
-        return
-    bound = processes.listen(host, port, settings)
-    where = f"http://{'[' + host + ']' if ':' in host else host}:{bound.getsockname()[1]}"
+    bound = None
+    if role != "dispatcher":
+        bound = processes.listen(host, port, settings)
+        where = f"http://{'[' + host + ']' if ':' in host else host}:{bound.getsockname()[1]}"
+    engine = processes.prepare_database(settings, migrate=role == "all")
     if role == "api":
-        processes.prepare_database(settings, migrate=False).dispose()
+        assert bound is not None
+        engine.dispose()
         print(f"API at {where}", flush=True)
         processes.run_api(settings, bound)
         return
-    engine = processes.prepare_database(settings, migrate=True)
-    supervisor = processes.Supervisor(settings, bound, engine)
+    supervisor = processes.Supervisor(engine, bound)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
-    print(f"DDPSweep at {where} (home {settings.home}); Ctrl-C stops it", flush=True)
+    if role == "all":
+        print(f"DDPSweep at {where} (home {settings.home}); Ctrl-C stops it", flush=True)
     supervisor.run()
 
 
@@ -138,10 +147,11 @@ def validate(spec: SpecFile) -> None:
 def submit(
     spec: SpecFile,
     watch: Annotated[bool, typer.Option("--watch", help="Show progress until the sweep is over.")] = False,
+    team: Annotated[str | None, typer.Option(help="Whose sweep it is.", metavar="NAME")] = None,
 ) -> None:
     """Submit a sweep and print its id."""
     with _client() as client:
-        sweep = client.submit(*_read(spec))
+        sweep = client.submit(*_read(spec), team=team)
         print(sweep["id"], flush=True)
         if watch:
             _watch(client, sweep["id"])
@@ -157,13 +167,166 @@ def watch_command(sweep_id: SweepId) -> None:
 def _watch(client: Client, sweep_id: str) -> None:
     last = display.follow(out, client.watch(sweep_id))
     if last["state"] != "completed":
-        fail(f"sweep {sweep_id} {last['state']}: {last['error']}", 1)
+        why = f": {plain(last['error'])}" if last["error"] else ""
+        fail(f"sweep {sweep_id} {last['state']}{why}", 1)
+
+
+@app.command()
+def cancel(sweep_id: SweepId, as_json: AsJson = False) -> None:
+    """Cancel a sweep: what waits never runs, what runs stops within seconds. Results stay."""
+    _act("cancel", sweep_id, as_json)
+
+
+@app.command()
+def pause(sweep_id: SweepId, as_json: AsJson = False) -> None:
+    """Pause a sweep: its running packs keep their state and give their devices back."""
+    _act("pause", sweep_id, as_json)
+
+
+@app.command()
+def resume(sweep_id: SweepId, as_json: AsJson = False) -> None:
+    """Let a paused sweep go on."""
+    _act("resume", sweep_id, as_json)
+
+
+@app.command()
+def retry(sweep_id: SweepId, as_json: AsJson = False) -> None:
+    """Queue a sweep's failed and cancelled packs again."""
+    _act("retry", sweep_id, as_json)
+
+
+def _act(action: Literal["cancel", "pause", "resume", "retry"], sweep_id: str, as_json: bool) -> None:
+    with _client() as client:
+        sweep = getattr(client, action)(sweep_id)
+    print(json.dumps(sweep, indent=2) if as_json else f"{sweep_id} {sweep['state']}")
+
+
+@app.command()
+def packs(
+    sweep_id: SweepId,
+    state: Annotated[str | None, typer.Option(help="Those in this state alone.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a sweep's packs: state, attempts, where they ran and what they took."""
+    with _client() as client:
+        found = list(client.packs(sweep_id, state))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        out.print(display.pack_table(found))
+
+
+@app.command()
+def logs(
+    sweep_id: SweepId,
+    pack: Annotated[int | None, typer.Option(min=0, help="Which pack, by its position, from 0.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Which attempt at it; the last if not given.")
+    ] = None,
+) -> None:
+    """Print what a pack wrote; without --pack what the failed ones wrote, or a table if none has failed."""
+    if pack is None and attempt is not None:
+        fail("--attempt: needs --pack", 2)
+    with _client() as client:
+        if pack is not None:
+            _print_log(client, sweep_id, _pack(client, sweep_id, pack), attempt)
+            return
+        failed = list(islice(client.packs(sweep_id, "failed"), LOGS_SHOWN))
+        for one in failed:
+            _print_log(client, sweep_id, one, None, None if len(failed) == 1 else LOG_EXCERPT)
+        more = client.sweep(sweep_id)["failed_packs"] - len(failed)
+        if not failed:
+            out.print(display.pack_table(client.packs(sweep_id)))
+        elif more > 0:
+            print(f"{more} more packs failed: `ddpsweep packs {sweep_id} --state failed`")
+
+
+def _pack(client: Client, sweep_id: str, position: int) -> dict[str, Any]:
+    found = client.pack(sweep_id, position)
+    if found is None:
+        fail(f"sweep {sweep_id} has no pack {position}", 1)
+    return found
+
+
+def _print_log(
+    client: Client, sweep_id: str, pack: dict[str, Any], attempt: int | None, limit: int | None = None
+) -> None:
+    answer = client.log(sweep_id, pack["pack"], attempt, limit)
+    print(display.log_text(pack, answer["attempt"], answer["log"]))
+
+
+@app.command()
+def cluster(as_json: AsJson = False) -> None:
+    """Show the machines, what runs where and for whom, and the teams' queues."""
+    with _client() as client:
+        answer = client.cluster()
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        out.print(display.cluster_tables(answer))
+
+
+@team_app.command("list")
+def team_list(as_json: AsJson = False) -> None:
+    """List the teams: share, quotas, what they have waiting and running, what they used."""
+    with _client() as client:
+        teams = client.teams()
+    if as_json:
+        print(json.dumps(teams, indent=2))
+    else:
+        out.print(display.team_table(teams))
+
+
+@team_app.command("set")
+def team_set(
+    name: Annotated[str, typer.Argument(help="The team's name.", metavar="NAME")],
+    weight: Annotated[
+        float | None, typer.Option(min=0, max=1e6, help="Of its share, against the other teams'.")
+    ] = None,
+    max_devices: Annotated[
+        str | None, typer.Option(help="That it may hold at once, or none.", metavar="NUMBER")
+    ] = None,
+    max_queued_runs: Annotated[
+        str | None, typer.Option(help="That may wait at once, or none.", metavar="NUMBER")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a team, or change one; what is not given stays as it is."""
+    given: dict[str, Any] = {} if weight is None else {"weight": weight}
+    if max_devices is not None:
+        given["max_devices"] = _quota("--max-devices", max_devices, float)
+    if max_queued_runs is not None:
+        given["max_queued_runs"] = _quota("--max-queued-runs", max_queued_runs, int)
+    with _client() as client:
+        team = client.put_team(name, **(_settings_of(client, name) | given))
+    if as_json:
+        print(json.dumps(team, indent=2))
+    else:
+        out.print(display.team_table([team]))
+
+
+def _quota(option: str, text: str, kind: type[int] | type[float]) -> float | None:
+    if text == "none":
+        return None
+    try:
+        number = kind(text)
+        if math.isfinite(number):
+            return number
+    except ValueError:
+        pass
+    fail(f"{option}: got {text!r}; allowed: a {'whole ' * (kind is int)}number, or none for no limit", 2)
+
+
+def _settings_of(client: Client, name: str) -> dict[str, Any]:
+    """Return what can be set of a team as it is now; nothing if there is no such team."""
+    known = next((team for team in client.teams() if team["name"] == name), {})
+    return {key: known[key] for key in ("weight", "max_devices", "max_queued_runs") if key in known}
 
 
 @app.command("list")
 def list_command(
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the newest sweeps."""
     with _client() as client:
@@ -177,7 +340,7 @@ def list_command(
 @app.command()
 def show(
     sweep_id: SweepId,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show one sweep: its state and its heatmaps as tables."""
     with _client() as client:
@@ -187,7 +350,7 @@ def show(
             return
         out.print(display.sweep_table([sweep]))
         if sweep["error"]:
-            out.print(f"{sweep['failed_packs']} packs failed: {sweep['error']}", markup=False)
+            out.print(f"{sweep['failed_packs']} packs failed: {plain(sweep['error'])}", markup=False)
         for grid in range(len(sweep["spec"]["grids"])):
             for metric in ("train_loss", "accuracy"):
                 out.print(display.heatmap_table(client.heatmap(sweep_id, metric=metric, grid=grid)))
@@ -267,6 +430,19 @@ def db_check() -> None:
 
     schema.check(open_engine(Settings().resolved_database_url()))
     print(f"{schema.head()}: as it should be")
+
+
+@db_app.command("backup")
+def db_backup(
+    target: Annotated[Path, typer.Argument(help="Where the copy goes.", metavar="FILE")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Copy the database to a file, while the service runs or not: SQLite's file, or a dump for pg_restore."""
+    from service.db.backup import backup
+    from service.db.engine import open_engine
+
+    size = backup(open_engine(Settings().resolved_database_url()), target, overwrite=force)
+    print(f"{target}: {size:,} bytes")
 
 
 @app.command()

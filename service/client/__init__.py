@@ -8,6 +8,7 @@ DDPSweepClientError
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ import httpx
 from service.results.statistics import Heatmap
 
 TRIES: Final = 3
-OVER: Final = frozenset({"completed", "failed"})
+OVER: Final = frozenset({"completed", "failed", "cancelled"})
+PACK_PAGE: Final = 200
 
 
 class DDPSweepClientError(Exception):
@@ -77,10 +79,18 @@ class Client:
         """Check a spec and return what it comes to."""
         return self._post("/api/v1/sweeps/validate", spec, {"Content-Type": content_type})
 
-    def submit(self, spec: bytes, content_type: str = "application/yaml") -> dict[str, Any]:
-        """Submit a spec once, even if an answer gets lost and the request is repeated; return the sweep."""
+    def submit(
+        self, spec: bytes, content_type: str = "application/yaml", team: str | None = None
+    ) -> dict[str, Any]:
+        """Submit a spec once, even if an answer gets lost and the request is repeated; return the sweep.
+
+        Args:
+            spec: the document.
+            content_type: what it is written in.
+            team: whose sweep it is; the server's default team if not given.
+        """
         headers = {"Content-Type": content_type, "Idempotency-Key": uuid.uuid4().hex}
-        return self._post("/api/v1/sweeps", spec, headers)
+        return self._post("/api/v1/sweeps", spec, headers, team=team)
 
     def sweeps(self, limit: int = 50) -> list[dict[str, Any]]:
         """List the newest sweeps."""
@@ -90,6 +100,22 @@ class Client:
     def sweep(self, sweep_id: str) -> dict[str, Any]:
         """Return one sweep."""
         return self._get(_path(sweep_id))
+
+    def cancel(self, sweep_id: str) -> dict[str, Any]:
+        """Cancel a sweep: what waits never runs, what runs stops within seconds; return the sweep."""
+        return self._act(sweep_id, "cancel")
+
+    def pause(self, sweep_id: str) -> dict[str, Any]:
+        """Pause a sweep: its running packs keep their state and stop within seconds; return the sweep."""
+        return self._act(sweep_id, "pause")
+
+    def resume(self, sweep_id: str) -> dict[str, Any]:
+        """Let a paused sweep go on; return it."""
+        return self._act(sweep_id, "resume")
+
+    def retry(self, sweep_id: str) -> dict[str, Any]:
+        """Queue a sweep's failed and cancelled packs again; return the sweep."""
+        return self._act(sweep_id, "retry")
 
     def heatmap_json(self, sweep_id: str, **query: Any) -> dict[str, Any]:
         """Return a panel as the API answers it; query: metric, baseline, grid."""
@@ -107,8 +133,58 @@ class Client:
             yield from page["runs"]
             after = page["next"]
 
+    def packs(self, sweep_id: str, state: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield a sweep's packs with their attempts, page by page; those in one state if it is named."""
+        after: int | None = -1
+        while after is not None:
+            page = self._get(f"{_path(sweep_id)}/packs", after=after, limit=PACK_PAGE, state=state)
+            yield from page["packs"]
+            after = page["next"]
+
+    def pack(self, sweep_id: str, position: int) -> dict[str, Any] | None:
+        """Return a sweep's pack by its position; None if there is none."""
+        page = self._get(f"{_path(sweep_id)}/packs", after=position - 1, limit=1)["packs"]
+        return next((pack for pack in page if pack["pack"] == position), None)
+
+    def log(
+        self, sweep_id: str, pack: int, attempt: int | None = None, limit: int | None = None
+    ) -> dict[str, Any]:
+        """Return the end of what an attempt at a pack wrote: `attempt` and `log`.
+
+        Args:
+            sweep_id: the sweep.
+            pack: the pack's position in it.
+            attempt: which one; the last if not given.
+            limit: most characters; all that is kept if not given.
+        """
+        return self._get(f"{_path(sweep_id)}/packs/{pack}/log", attempt=attempt, limit=limit)
+
+    def teams(self) -> list[dict[str, Any]]:
+        """List the teams."""
+        answer: list[dict[str, Any]] = self._get("/api/v1/teams")["teams"]
+        return answer
+
+    def team(self, name: str) -> dict[str, Any]:
+        """Return one team."""
+        return self._get(_team_path(name))
+
+    def put_team(
+        self,
+        name: str,
+        weight: float = 1.0,
+        max_devices: float | None = None,
+        max_queued_runs: int | None = None,
+    ) -> dict[str, Any]:
+        """Make a team, or set an existing one's share and quotas, all of them; None sets no limit."""
+        team = {"weight": weight, "max_devices": max_devices, "max_queued_runs": max_queued_runs}
+        return self._send(self._http.build_request("PUT", _team_path(name), json=team))
+
+    def cluster(self) -> dict[str, Any]:
+        """Return what there is to train on, what runs there and for whom."""
+        return self._get("/api/v1/cluster")
+
     def watch(self, sweep_id: str, period: float = 0.5) -> Iterator[dict[str, Any]]:
-        """Yield the sweep again and again until it is over."""
+        """Yield the sweep again and again until it is over; a paused one may still go on."""
         while True:
             sweep = self.sweep(sweep_id)
             yield sweep
@@ -123,12 +199,19 @@ class Client:
         except httpx.TransportError:
             return False
 
-    def _get(self, path: str, **query: Any) -> dict[str, Any]:
-        given = {name: value for name, value in query.items() if value is not None}
-        return self._send(self._http.build_request("GET", path, params=given))
+    def _act(self, sweep_id: str, action: str) -> dict[str, Any]:
+        return self._post(f"{_path(sweep_id)}/{action}")
 
-    def _post(self, path: str, content: bytes, headers: dict[str, str]) -> dict[str, Any]:
-        return self._send(self._http.build_request("POST", path, content=content, headers=headers))
+    def _get(self, path: str, **query: Any) -> dict[str, Any]:
+        return self._send(self._http.build_request("GET", path, params=_given(query)))
+
+    def _post(
+        self, path: str, content: bytes = b"", headers: dict[str, str] | None = None, **query: Any
+    ) -> dict[str, Any]:
+        request = self._http.build_request(
+            "POST", path, content=content, headers=headers, params=_given(query)
+        )
+        return self._send(request)
 
     def _send(self, request: httpx.Request) -> dict[str, Any]:
         for attempt in range(1, TRIES + 1):
@@ -150,6 +233,16 @@ def _path(sweep_id: str) -> str:
     if not (sweep_id.isascii() and sweep_id.isalnum()):
         raise Refused({"detail": f"no sweep {sweep_id!r}: an id has letters and digits alone"})
     return f"/api/v1/sweeps/{sweep_id}"
+
+
+def _team_path(name: str) -> str:
+    if not re.fullmatch("[a-z0-9-]+", name):
+        raise InvalidInput({"detail": f"team: got {name!r}; allowed: small letters, digits and dashes"})
+    return f"/api/v1/teams/{name}"
+
+
+def _given(query: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in query.items() if value is not None}
 
 
 def _is_loopback(url: str) -> bool:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import yaml
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 from sqlalchemy import Connection
 
 from service import __version__
+from service.dashboard import views
 from service.http import Reading
 from service.results import figures
 from service.results.queries import heatmap
 from service.sweeps import queries
+from service.sweeps.endpoints import Position
 from service.sweeps.schemas import Sweep
 
 HERE: Final = Path(__file__).parent
@@ -52,7 +54,11 @@ def ago(moment: datetime) -> str:
 
 
 templates.env.filters |= {"duration": duration, "ago": ago}
-templates.env.globals |= {"version": __version__}
+templates.env.globals |= {
+    "version": __version__,
+    "SHOWN_PACKS": views.SHOWN_PACKS,
+    "SHOWN_ATTEMPTS": views.SHOWN_ATTEMPTS,
+}
 
 
 @router.get("/")
@@ -77,6 +83,32 @@ def sweep_page(request: Request, sweep_id: str, connection: Reading) -> HTMLResp
 def sweep_page_live(request: Request, sweep_id: str, connection: Reading) -> HTMLResponse:
     """Return the live part of a sweep's page."""
     return _page(request, "_sweep.html", **_sweep(connection, sweep_id))
+
+
+@router.get("/sweeps/{sweep_id}/packs/{pack}/log")
+def log_page(
+    request: Request,
+    sweep_id: str,
+    pack: Position,
+    connection: Reading,
+    attempt: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
+) -> HTMLResponse:
+    """Show what an attempt at a pack wrote."""
+    sweep = Sweep.of(queries.get(connection, sweep_id))
+    found = views.pack_log(connection, sweep_id, pack, attempt)
+    return _page(request, "log.html", sweep=sweep, found=found)
+
+
+@router.get("/cluster")
+def cluster_page(request: Request, connection: Reading) -> HTMLResponse:
+    """Show the machines, what runs where and for whom."""
+    return _page(request, "cluster.html", **views.cluster(connection))
+
+
+@router.get("/cluster/live")
+def cluster_page_live(request: Request, connection: Reading) -> HTMLResponse:
+    """Return the live part of the cluster's page."""
+    return _page(request, "_cluster.html", **views.cluster(connection))
 
 
 @router.get("/static/plotly.min.js")
@@ -119,7 +151,15 @@ def _sweep(connection: Connection, sweep_id: str) -> dict[str, Any]:
                 }
             )
     spec = yaml.safe_dump(sweep.spec, sort_keys=False, default_flow_style=None, width=100)
-    return {"sweep": sweep, "panels": panels, "spec": spec}
+    shown = views.first_packs(connection, sweep)
+    return {
+        "sweep": sweep,
+        "panels": panels,
+        "spec": spec,
+        "buttons": views.buttons(sweep),
+        "packs": shown,
+        "failures": views.failures(connection, sweep, shown),
+    }
 
 
 def _page(request: Request, name: str, **context: Any) -> HTMLResponse:

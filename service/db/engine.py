@@ -115,9 +115,41 @@ def read(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+@contextmanager
+def migrate(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction that may change tables.
+
+    SQLite changes a table by writing it anew, which its foreign keys would not allow; they are looked at
+    again before the commit.
+
+    Raises:
+        RuntimeError: if a row refers to one that is not there any more.
+    """
+    if engine.dialect.name != "sqlite":
+        with write(engine) as connection:
+            yield connection
+        return
+    with engine.connect().execution_options(**{WRITER: True}) as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        driver.execute("PRAGMA foreign_keys=OFF")  # here, since it does nothing within a transaction
+        try:
+            with connection.begin():
+                yield connection
+                if lost := connection.exec_driver_sql("PRAGMA foreign_key_check").all():
+                    raise RuntimeError(f"rows refer to others that are gone: {lost[:5]}")
+        finally:
+            driver.execute("PRAGMA foreign_keys=ON")
+
+
 def columns(connection: Connection, query: Select[K, V]) -> dict[K, V]:
     """Return a query of two columns as a dictionary from the first to the second."""
     return {key: value for key, value in connection.execute(query)}  # noqa: C416 - for its types
+
+
+def storable(text: str) -> str:
+    """Return a text without what a database takes in no text: NUL and lone surrogates."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
 def is_transient(error: DBAPIError) -> bool:

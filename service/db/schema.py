@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 import migrations
-from service.db.engine import read, write
+from service.db.engine import migrate, read
 from service.errors import SetupError
 
 
@@ -52,7 +52,7 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
     before = current(engine)
     _refuse_newer(engine, before)
     if before != head():
-        with write(engine) as connection:
+        with migrate(engine) as connection:
             config = _config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")

@@ -10,19 +10,64 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
 
 from pydantic import ValidationError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from service.db.engine import is_transient, read, write
-from service.dispatch import leases
+from service.db.engine import is_transient, read, storable, write
+from service.dispatch import leases, presence, queue
+from service.dispatch.fairness import CREDIT_S, Decision, schedule
 from service.dispatch.leases import Lease
 from service.dispatch.policy import GiveUp, after_failure
+from service.results import reuse
 from service.sweeps import queries
-from workers.protocol import Executor, PackEvent, PackFailed, PackFinished, PackProgress, PackTask
+from workers.protocol import (
+    Executor,
+    PackEvent,
+    PackFailed,
+    PackFinished,
+    PackProgress,
+    PackStarted,
+    PackStopped,
+    PackTask,
+    Pool,
+)
 
 log = logging.getLogger(__name__)
+
+REFLECT_EVERY_S: Final = 5.0
+"""How often a full cluster is looked at for packs that should make room."""
+PRESENCE_EVERY_S: Final = 5.0
+
+
+@dataclass(slots=True)
+class _Holding:
+    """A pack in the executor.
+
+    Attributes:
+        stopping: whether the executor was asked to stop it.
+    """
+
+    lease: Lease
+    stopping: bool = False
+
+
+@dataclass(slots=True)
+class _Every:
+    """Something to be done now and then."""
+
+    seconds: float
+    last: float
+
+    def is_due(self, now: float) -> bool:
+        """Tell whether it is time again; if so, the next time is counted from now."""
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
 
 
 class Dispatcher:
@@ -33,115 +78,250 @@ class Dispatcher:
         executor: what trains.
         owner: a name that no other dispatcher has, ever.
         now: seconds that only grow; for the intervals between renewals.
+        keeps_state: whether packs that are stopped can go on from where they were.
     """
 
     def __init__(
-        self, engine: Engine, executor: Executor, owner: str, now: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        executor: Executor,
+        owner: str,
+        now: Callable[[], float] = time.monotonic,
+        *,
+        keeps_state: bool = False,
     ) -> None:
         self.engine, self.executor, self.owner, self.now = engine, executor, owner, now
-        self.held: dict[int, Lease] = {}
+        self.keeps_state = keeps_state
+        self.held: dict[int, _Holding] = {}
         self.outbox: deque[PackEvent] = deque()
-        self._last_renewal = now()
+        self._claimed: deque[tuple[Lease, Pool]] = deque()
+        # Whether a claim was begun whose commit nobody has confirmed.
+        self._unsure = False
+        start = now()
+        self._renewal = _Every(leases.RENEW_EVERY_S, start)
+        self._reflection = _Every(REFLECT_EVERY_S, start)
+        self._times = _Every(CREDIT_S / 2, start)
+        self._presence = _Every(PRESENCE_EVERY_S, start - PRESENCE_EVERY_S)
 
     def step(self, timeout: float) -> None:
         """Do one round: renew, reap, claim, wait up to `timeout` seconds for events, write them.
 
         A database that cannot be written now is logged, and the round left for the next one.
         """
-        try:
-            self._deliver()
-            self._renew()
-            self._claim()
-        except DBAPIError as error:
-            if not is_transient(error):
-                raise
-            log.warning("the database cannot be written now: %s", error.orig)
-            time.sleep(min(timeout, 1.0))
-            return
-        if self.held:
-            self.outbox.extend(self.executor.poll(timeout))
-        else:
-            time.sleep(timeout)
+        if self._in_database(self._round, timeout):
+            self._poll(timeout)
 
-    def close(self) -> None:
-        """Stop all attempts and give their packs back at once."""
-        for lease in self.held.values():
-            self.executor.cancel(lease.pack_id, lease.attempt)
+    def close(self, seconds: float = 0.0) -> None:
+        """Stop all attempts and give their packs back.
+
+        Args:
+            seconds: that the attempts have to write their state; those that need longer are killed.
+        """
+        for holding in self.held.values():
+            self._stop(holding)
+        until = self.now() + seconds
+        while self.held and self.now() < until:
+            self._poll(min(0.5, max(0.0, until - self.now())))
+            self._in_database(self._deliver, 0.1)
+        for holding in self.held.values():
+            self.executor.cancel(holding.lease.pack_id, holding.lease.attempt)
         self.abandon()
 
     def abandon(self) -> None:
         """Give all packs back without a word to the executor."""
         with write(self.engine) as connection:
             leases.release(connection, self.owner)
+            presence.leave(connection, self.owner)
         self.held.clear()
+        self._claimed.clear()
+
+    def _in_database(self, work: Callable[[], None], pause: float) -> bool:
+        """Do something with the database; false, after a pause, if it cannot be reached now."""
+        try:
+            work()
+        except DBAPIError as error:
+            if not is_transient(error):
+                raise
+            log.warning("the database cannot be written now: %s", error.orig)
+            time.sleep(min(pause, 1.0))
+            return False
+        return True
+
+    def _poll(self, timeout: float) -> None:
+        if self.held:
+            self.outbox.extend(self.executor.poll(timeout))
+        else:
+            time.sleep(timeout)
+
+    def _round(self) -> None:
+        self._deliver()
+        self._renew()
+        self._heed()
+        self._disown()
+        self._show()
+        self._submit()
+        self._claim()
+        self._submit()
 
     def _renew(self) -> None:
-        if self.now() - self._last_renewal < leases.RENEW_EVERY_S:
+        if self._renewal.is_due(self.now()):
+            with write(self.engine) as connection:
+                leases.renew(connection, self.owner)
+
+    def _heed(self) -> None:
+        """Let go of packs whose lease was lost, and stop those that should stop."""
+        if not self.held:
             return
-        with write(self.engine) as connection:
-            lost = leases.renew(connection, self.held.values())
-        self._last_renewal = self.now()
-        for pack_id in lost:
-            lease = self.held.pop(pack_id)
-            log.warning("pack %d: the lease of attempt %d was lost", pack_id, lease.attempt)
-            self.executor.cancel(pack_id, lease.attempt)
+        with read(self.engine) as connection:
+            known = leases.held(connection, self.owner)
+        for pack_id, holding in list(self.held.items()):
+            found = known.get(pack_id)
+            if found is None or found.attempt != holding.lease.attempt:
+                log.warning("pack %d: the lease of attempt %d was lost", pack_id, holding.lease.attempt)
+                del self.held[pack_id]
+                self.executor.cancel(pack_id, holding.lease.attempt)
+            elif found.stop and not holding.stopping:
+                log.info("pack %d, attempt %d: asked to stop", pack_id, holding.lease.attempt)
+                self._stop(holding)
+
+    def _disown(self) -> None:
+        """Give back what a claim took whose answer was lost."""
+        if self._unsure:
+            with write(self.engine) as connection:
+                leases.disown(connection, self.owner, self.held)
+            self._unsure = False
+
+    def _stop(self, holding: _Holding) -> None:
+        if not holding.stopping:
+            holding.stopping = True
+            self.executor.stop(holding.lease.pack_id, holding.lease.attempt)
+
+    def _show(self) -> None:
+        """Tell the database that this dispatcher lives, and what machines it sees."""
+        if self._presence.is_due(self.now()):
+            with write(self.engine) as connection:
+                presence.announce(connection, self.owner, self.executor.cluster, self.executor.nodes())
 
     def _claim(self) -> None:
-        free = self.executor.free_slots()
+        # Virtual times go on while packs run, even when nobody waits.
+        look = bool(self.held) and self._times.is_due(self.now())
+        full = not self._has_room() and not self._reflection.is_due(self.now())
         with read(self.engine) as connection:
-            if not queries.has_work(connection, claimable=free > 0):
+            if not look and not queue.has_work(connection, claimable=not full):
                 return
         with write(self.engine) as connection:
             if taken_back := leases.reap(connection):
                 log.warning("%d packs were taken back from a lost dispatcher", taken_back)
-            claimed = leases.claim(connection, self.owner, free) if free > 0 else []
-            tasks = [(lease, task) for lease in claimed if (task := self._task(connection, lease))]
-        for lease, task in tasks:
-            log.info("pack %d, attempt %d: %d runs", lease.pack_id, lease.attempt, len(task.runs))
-            self.held[lease.pack_id] = lease
-            self.executor.submit(task)
+        self._unsure = True
+        with write(self.engine) as connection:
+            claimed = self._decided(connection)
+        self._unsure = False
+        for lease, pool in claimed:
+            self.held[lease.pack_id] = _Holding(lease)
+            self._claimed.append((lease, pool))
 
-    def _task(self, connection: Connection, lease: Lease) -> PackTask | None:
+    def _submit(self) -> None:
+        """Hand the claimed packs over, outside of the transaction in which others wait for their turn."""
+        while self._claimed:
+            lease, pool = self._claimed[0]
+            if task := self._task(lease, pool):
+                log.info("pack %d, attempt %d: %d runs", lease.pack_id, lease.attempt, len(task.runs))
+                self.executor.submit(task)
+            else:
+                del self.held[lease.pack_id]
+            self._claimed.popleft()
+
+    def _has_room(self) -> bool:
+        devices = sum(node.devices for node in self.executor.nodes()) + self.executor.backlog()
+        return sum(holding.lease.share for holding in self.held.values()) < devices
+
+    def _decided(self, connection: Connection) -> list[tuple[Lease, Pool]]:
+        """Ask the policy, and do what it decides; return the new leases."""
+        snapshot = queue.snapshot(
+            connection,
+            self.executor.cluster,
+            self.executor.nodes(),
+            virtual_times=queue.lock(connection),
+            backlog=self.executor.backlog(),
+            stoppable=self.keeps_state,
+        )
+        decision: Decision = schedule(snapshot)
+        found = [
+            (lease, claim.pool)
+            for claim in decision.claims
+            for lease in leases.claim(
+                connection,
+                self.owner,
+                self.executor.cluster,
+                claim.sweep_id,
+                claim.packs,
+                claim.pool,
+                claim.charged,
+            )
+        ]
+        queue.charge(connection, decision)
+        return found
+
+    def _task(self, lease: Lease, pool: Pool) -> PackTask | None:
         try:
-            spec = queries.spec_of(connection, lease.sweep_id)
+            with read(self.engine) as connection:
+                spec = queries.spec_of(connection, lease.sweep_id)
+                runs = leases.runs_of(connection, lease)
+                known = reuse.candidates(connection, lease.pack_id) if spec.reuse else ()
         except ValidationError as error:
             # Stored by another version. It must not stand in the way of all other sweeps.
             log.error("pack %d: this version cannot read its sweep's spec: %s", lease.pack_id, error)
-            leases.give_up(connection, lease, "this version cannot read the sweep's spec", str(error))
+            why = ("this version cannot read the sweep's spec", storable(str(error)))
+            with write(self.engine) as connection:
+                leases.give_up(connection, lease, *why)
             return None
         configs = tuple(
-            spec.run_config(run.grid, run.method, run.learning_rate, run.vxx_reg, run.seed)
-            for run in leases.runs_of(connection, lease)
+            spec.run_config(run.grid, run.method, run.learning_rate, run.vxx_reg, run.seed) for run in runs
         )
-        return PackTask(lease.pack_id, lease.attempt, configs)
+        return PackTask(lease.pack_id, lease.attempt, configs, pool, lease.share, known)
 
     def _deliver(self) -> None:
         while self.outbox:
             event = self.outbox[0]
-            lease = self.held.get(event.pack_id)
-            if lease is not None and lease.attempt == event.attempt:
-                self._record(lease, event)
+            holding = self.held.get(event.pack_id)
+            if holding is not None and holding.lease.attempt == event.attempt:
+                self._record(holding.lease, event)
             self.outbox.popleft()
 
     def _record(self, lease: Lease, event: PackEvent) -> None:
-        with write(self.engine) as connection:
-            accepted = self._write(connection, lease, event)
+        try:
+            with write(self.engine) as connection:
+                accepted = self._write(connection, lease, event)
+        except LookupError as error:
+            with write(self.engine) as connection:
+                accepted = leases.requeue(connection, lease, 0.0, str(error), "")
         if not accepted:
             log.warning("pack %d: attempt %d is fenced off", lease.pack_id, lease.attempt)
             self.executor.cancel(lease.pack_id, lease.attempt)
-        if not accepted or not isinstance(event, PackProgress):
+        if not accepted or not isinstance(event, PackStarted | PackProgress):
             del self.held[lease.pack_id]
 
     def _write(self, connection: Connection, lease: Lease, event: PackEvent) -> bool:
         match event:
+            case PackStarted():
+                return leases.start(connection, lease, event.node, event.device)
             case PackProgress():
-                return leases.progress(connection, lease, event.step)
+                return leases.progress(connection, lease, event.step, storable(event.log))
             case PackFinished():
-                done = leases.finish(connection, lease, event.results, event.environment)
+                text = storable(event.log)
+                done = leases.finish(connection, lease, event.results, event.environment, event.reused, text)
                 return done or leases.is_recorded(connection, lease)
+            case PackStopped():
+                log.info("pack %d, attempt %d stopped", lease.pack_id, lease.attempt)
+                return leases.stopped(connection, lease, storable(event.log))
             case PackFailed():
-                log.warning("pack %d, attempt %d failed: %s", lease.pack_id, lease.attempt, event.reason)
-                decision = after_failure(lease.attempt, lease.max_attempts, retryable=event.retryable)
-                if isinstance(decision, GiveUp):
-                    return leases.give_up(connection, lease, event.reason, event.detail)
-                return leases.requeue(connection, lease, decision.delay, event.reason, event.detail)
+                return self._write_failure(connection, lease, event)
+
+    def _write_failure(self, connection: Connection, lease: Lease, event: PackFailed) -> bool:
+        log.warning("pack %d, attempt %d failed: %s", lease.pack_id, lease.attempt, event.reason)
+        why = (storable(event.reason), storable(event.detail))
+        text = storable(event.log)
+        decision = after_failure(lease.attempt, lease.max_attempts, retryable=event.retryable)
+        if isinstance(decision, GiveUp):
+            return leases.give_up(connection, lease, *why, text)
+        return leases.requeue(connection, lease, decision.delay, *why, text)

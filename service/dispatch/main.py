@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from sqlalchemy.exc import DBAPIError
 
@@ -18,7 +18,10 @@ from service.db import schema
 from service.db.engine import open_engine
 from service.dispatch.loop import Dispatcher
 from service.errors import SetupError
-from workers.protocol import ExecutorLostError
+from workers.protocol import CannotJoinError, ExecutorLostError
+
+if TYPE_CHECKING:
+    from workers.ray_executor import RayExecutor
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +29,8 @@ ROUND_S: Final = 0.5
 WATCH_EVERY_S: Final = 1.0
 GRACE_S: Final = 3.0
 """In which the loop may notice by itself that its Ray is lost."""
+DRAIN_S: Final = 8.0
+"""In which packs write their state before the dispatcher ends: less than its supervisor waits."""
 EXIT_LOST: Final = 75
 """EX_TEMPFAIL: start it again."""
 
@@ -35,15 +40,12 @@ def new_owner() -> str:
     return f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
-def run(settings: Settings, owner: str) -> None:
-    """Dispatch until SIGTERM or SIGINT, then give the packs back.
+def _executor(settings: Settings) -> RayExecutor:
+    """Start Ray or join it.
 
     Raises:
-        SetupError: if the database or the cluster cannot be used.
+        SetupError: if it cannot be joined as it is set up.
     """
-    stop = threading.Event()
-    engine = open_engine(settings.resolved_database_url())
-    schema.check(engine)
     # Here and not at the top: importing Ray takes a second and changes signal handlers.
     from workers.protocol import WorkerOptions
     from workers.ray_executor import RayExecutor
@@ -55,13 +57,32 @@ def run(settings: Settings, owner: str) -> None:
         checkpoint_every=settings.checkpoint_every,
     )
     try:
-        executor = RayExecutor(settings.ray_address, settings.slots, options)
-    except (ConnectionError, RuntimeError) as error:
-        raise SetupError(f"no Ray at {settings.ray_address or 'this machine'}: {error}") from error
+        return RayExecutor(settings.ray_address, settings.slots, options, backlog=settings.backlog)
+    except CannotJoinError as error:
+        raise SetupError(str(error)) from error
+    except ConnectionError as error:
+        # It may be on its way up, or come back.
+        log.error("%s", error)
+        os._exit(EXIT_LOST)
+    except RuntimeError as error:
+        raise SetupError(f"Ray on this machine: {error}") from error
+
+
+def run(settings: Settings, owner: str) -> None:
+    """Dispatch until SIGTERM or SIGINT, then let the packs write their state and give them back.
+
+    Raises:
+        SetupError: if the database or the cluster cannot be used.
+    """
+    stop = threading.Event()
+    engine = open_engine(settings.resolved_database_url())
+    schema.check(engine)
+    executor = _executor(settings)
+    keeps_state = settings.checkpoint_folder() is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    log.info("dispatcher %s: %d packs at once", owner, executor.slots)
-    dispatcher = Dispatcher(engine, executor, owner)
+    log.info("dispatcher %s on cluster %s", owner, executor.cluster)
+    dispatcher = Dispatcher(engine, executor, owner, keeps_state=keeps_state)
 
     def watch() -> None:
         # A call into a Ray whose local node died can hang for ever: poll alone cannot be relied on to raise.
@@ -81,7 +102,7 @@ def run(settings: Settings, owner: str) -> None:
     except BaseException:
         dispatcher.close()
         raise
-    dispatcher.close()
+    dispatcher.close(DRAIN_S if keeps_state else 0.0)
     executor.close()
     engine.dispose()
 

@@ -140,6 +140,7 @@ def run_page(connection: Connection, sweep_id: str, after: int, limit: int) -> l
             results.c.diverged_kind,
             results.c.last_finite,
             results.c.weights_digest,
+            results.c.reused_from,
         )
         .join(grids, grids.c.id == runs.c.grid_id)
         .join(packs, packs.c.id == runs.c.pack_id)

@@ -31,6 +31,7 @@ class RunOut(BaseModel):
     diverged_kind: NonFinite | None
     last_finite: float | None
     weights_digest: str | None
+    reused_from: int | None
 
 
 class RunPage(BaseModel):

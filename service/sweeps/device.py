@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-DeviceKind = Literal["cpu", "gpu"]
+from workers.protocol import DeviceKind
 
 
 @dataclass(frozen=True, slots=True)

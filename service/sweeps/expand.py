@@ -29,6 +29,9 @@ and smaller ones show the first row of a heatmap sooner."""
 GPU_PACK_RUNS: Final = 10_000
 """The same on a GPU, which needs thousands of small nets to be busy."""
 
+GPU_SHARES: Final = (0.125, 0.25, 0.5)
+"""The fractions of a GPU that a pack may have: those that fill it without a rest."""
+
 SMALLEST_PACK: Final = 32
 """Packs are not made smaller than this to fill more slots: the time per run and step would rise as much."""
 
@@ -60,13 +63,20 @@ class Plan:
 
     Attributes:
         packs: the runs of each pack, in the order in which the engine gets them.
-        seconds: estimated device time on one CPU core.
+        pack_seconds: estimated device time of each pack, on one CPU core.
+        share: of a device that a pack needs: 1, or a fraction of a GPU.
         at_once: packs that the device trains at a time.
     """
 
     packs: tuple[tuple[PlannedRun, ...], ...]
-    seconds: float
+    pack_seconds: tuple[float, ...]
     at_once: int
+    share: float = 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Estimate the device time of all packs on one CPU core."""
+        return sum(self.pack_seconds)
 
     @property
     def runs_total(self) -> int:
@@ -114,7 +124,21 @@ def plan(spec: SweepSpec, device: Device | None = None) -> Plan:
             for bundle in _bundles(spec, position):
                 bundles.extend(bundle[i : i + size] for i in range(0, len(bundle), size))
         packs.extend(_packed(bundles, size, device.slots))
-    return Plan(tuple(packs), _seconds(spec), device.slots)
+    share = _share(spec, device, max(map(len, packs)))
+    return Plan(tuple(packs), _pack_seconds(spec, packs), int(device.slots / share), share)
+
+
+def _share(spec: SweepSpec, device: Device, largest: int) -> float:
+    """Return the part of a device that a pack of so many runs needs: small packs share a GPU."""
+    if device.kind == "cpu":
+        return 1.0
+    for share in GPU_SHARES:
+        limit = int(share * device.slot_memory / MEMORY_MARGIN)
+        if all(
+            _fitting(spec, p, m, device, limit) >= largest for p in range(len(spec.grids)) for m in _METHODS
+        ):
+            return share
+    return 1.0
 
 
 def _packed(
@@ -178,12 +202,25 @@ def _runs_in_memory(spec: SweepSpec, position: int, method: config.Method, devic
     Raises:
         InvalidInputError: if a single one does not.
     """
-    costs, limit = _costs(spec, position, method), int(device.slot_memory / MEMORY_MARGIN)
-    fast = device.kind == "cpu" and _in_lanes(spec, position, method)
+    limit = int(device.slot_memory / MEMORY_MARGIN)
+    most = _fitting(spec, position, method, device, limit)
+    if most == 0:
+        costs, fast = _costs(spec, position, method), _fast(spec, position, method, device)
+        alone, thrifty = (_bytes(spec, c, lanes=fast) for c in (costs, costs.as_outer_product()))
+        raise InvalidInputError([_too_large(spec, position, costs, alone, thrifty, limit)])
+    return most
+
+
+def _fast(spec: SweepSpec, position: int, method: config.Method, device: Device) -> bool:
+    return device.kind == "cpu" and _in_lanes(spec, position, method)
+
+
+def _fitting(spec: SweepSpec, position: int, method: config.Method, device: Device, limit: int) -> int:
+    """Return how many of a grid's runs of a method fit so many bytes; 0 if not even one does."""
+    costs, fast = _costs(spec, position, method), _fast(spec, position, method, device)
     alone = _bytes(spec, costs, lanes=fast)
     if alone > limit:
-        thrifty = _bytes(spec, costs.as_outer_product(), lanes=fast)
-        raise InvalidInputError([_too_large(spec, position, costs, alone, thrifty, limit)])
+        return 0
     net, batch, number = _net(spec), spec.training.batch_size, NUMBER_BYTES[spec.dtype]
     if fast:
         per_run = number * estimate_lanes.state(net, costs)
@@ -224,13 +261,14 @@ def _too_large(
     return FieldError(f"grids[{position}].ddpnopt.{name}", given, allowed + thrift)
 
 
-def _seconds(spec: SweepSpec) -> float:
-    """Estimate the time of all runs on one core: their steps, and the points of their curves."""
-    per_seed = 0.0
-    for position, grid in enumerate(spec.grids):
-        baseline, partner = (_run_seconds(spec, position, method) for method in _METHODS)
-        per_seed += len(grid.learning_rate) * (baseline + len(grid.vxx_reg) * partner)
-    return per_seed * len(spec.seed_list())
+def _pack_seconds(spec: SweepSpec, packs: Sequence[Sequence[PlannedRun]]) -> tuple[float, ...]:
+    """Estimate the time of each pack on one core: its runs' steps, and the points of their curves."""
+    of_run = {
+        (position, method): _run_seconds(spec, position, method)
+        for position in range(len(spec.grids))
+        for method in _METHODS
+    }
+    return tuple(sum(of_run[run.grid, run.method] for run in pack) for pack in packs)
 
 
 def _run_seconds(spec: SweepSpec, position: int, method: config.Method) -> float:

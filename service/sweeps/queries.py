@@ -10,13 +10,16 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, Row, Select, and_, func, insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
+from service.auth.roles import DEFAULT_TEAM
 from service.db.engine import clock, columns
-from service.db.tables import grids, packs, runs, sweeps
+from service.db.tables import grids, packs, runs, sweeps, teams
 from service.dispatch.policy import MAX_ATTEMPTS
-from service.dispatch.states import PackState, SweepState
+from service.dispatch.states import PackState, SweepState, Wanted
 from service.errors import ConflictError, NotFoundError
 from service.sweeps.expand import Plan
+from service.sweeps.keys import keys_of
 from service.sweeps.spec import SweepSpec
+from service.teams import queries as team_queries
 
 ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 ID_LENGTH: Final = 10
@@ -27,15 +30,21 @@ class SweepRow:
     """A sweep with the counts that people ask for.
 
     Attributes:
+        team: whose it is.
         runs_done: runs with a result.
+        runs_reused: those of them that were not trained, since equal results were there.
         run_steps_done: updates done over all runs, those of running attempts included.
+        run_steps_trained: updates that its attempts did, those included that came to nothing.
+        device_seconds: that they took.
         failed_packs: packs that have failed for good.
         now: the database's clock at the query.
     """
 
     id: str
+    team: str
     name: str
     state: str
+    priority: int
     spec: dict[str, Any]
     runs_total: int
     run_steps_total: int
@@ -44,7 +53,12 @@ class SweepRow:
     finished_at: float | None
     runs_done: int
     runs_diverged: int
+    runs_reused: int
     run_steps_done: int
+    run_steps_trained: int
+    device_seconds: float
+    packs_queued: int
+    packs_running: int
     failed_packs: int
     error: str | None
     now: float
@@ -56,7 +70,11 @@ def new_id() -> str:
 
 
 def create(
-    connection: Connection, spec: SweepSpec, plan: Plan, idempotency_key: str | None
+    connection: Connection,
+    spec: SweepSpec,
+    plan: Plan,
+    idempotency_key: str | None = None,
+    team: str = DEFAULT_TEAM,
 ) -> tuple[str, bool]:
     """Store a sweep with its grids, packs and runs.
 
@@ -64,10 +82,13 @@ def create(
         The sweep's id, and whether it is new: the same key with the same spec gives the first one again.
 
     Raises:
-        ConflictError: if the key was used with another spec.
+        ConflictError: if the key was used with another spec, or the team has no room for so many runs.
+        NotFoundError: if there is no such team.
     """
-    if idempotency_key is not None and (first := _by_key(connection, idempotency_key, spec)):
+    owner = team_queries.get(connection, team)
+    if idempotency_key is not None and (first := _by_key(connection, owner.id, idempotency_key, spec)):
         return first, False
+    team_queries.check_queue(connection, owner, plan.runs_total)
     sweep_id = new_id()
     now = connection.execute(select(clock())).scalar_one()
     steps = spec.training.steps
@@ -76,8 +97,21 @@ def create(
             connection.execute(
                 insert(sweeps).values(
                     id=sweep_id,
+                    team_id=owner.id,
                     name=spec.name,
+                    wanted=Wanted.RUN,
                     state=SweepState.QUEUED,
+                    priority=spec.priority,
+                    device_kind=spec.device.kind,
+                    device_model=spec.device.model,
+                    pack_seconds=plan.seconds / len(plan.packs),
+                    pack_share=plan.share,
+                    packs_queued=len(plan.packs),
+                    packs_running=0,
+                    ready_at=now,
+                    device_seconds=0.0,
+                    run_steps_trained=0,
+                    runs_reused=0,
                     spec=spec.model_dump(mode="json"),
                     idempotency_key=idempotency_key,
                     runs_total=plan.runs_total,
@@ -87,11 +121,12 @@ def create(
             )
     except IntegrityError:
         # Another request with this key came first.
-        if idempotency_key is not None and (first := _by_key(connection, idempotency_key, spec)):
+        if idempotency_key is not None and (first := _by_key(connection, owner.id, idempotency_key, spec)):
             return first, False
         raise
     grid_ids = _insert_grids(connection, sweep_id, spec)
     pack_ids = _insert_packs(connection, sweep_id, plan, steps, now)
+    key_of = keys_of(spec)
     connection.execute(
         insert(runs),
         [
@@ -104,6 +139,7 @@ def create(
                 "learning_rate": run.learning_rate,
                 "vxx_reg": run.vxx_reg,
                 "seed": run.seed,
+                "config_key": key_of(run),
             }
             for position, pack in enumerate(plan.packs)
             for index, run in enumerate(pack)
@@ -112,9 +148,9 @@ def create(
     return sweep_id, True
 
 
-def _by_key(connection: Connection, key: str, spec: SweepSpec) -> str | None:
+def _by_key(connection: Connection, team_id: int, key: str, spec: SweepSpec) -> str | None:
     row = connection.execute(
-        select(sweeps.c.id, sweeps.c.spec).where(sweeps.c.idempotency_key == key)
+        select(sweeps.c.id, sweeps.c.spec).where(sweeps.c.team_id == team_id, sweeps.c.idempotency_key == key)
     ).first()
     if row is None:
         return None
@@ -155,7 +191,9 @@ def _insert_packs(
                 "attempt": 0,
                 "max_attempts": MAX_ATTEMPTS,
                 "not_before": now,
+                "preempted": False,
                 "runs_total": len(pack),
+                "seconds": plan.pack_seconds[position],
                 "steps": steps,
                 "step": 0,
                 "runs_diverged": 0,
@@ -166,19 +204,21 @@ def _insert_packs(
     return columns(connection, select(packs.c.position, packs.c.id).where(packs.c.sweep_id == sweep_id))
 
 
-def has_work(connection: Connection, *, claimable: bool) -> bool:
-    """Tell whether a pack waits to be claimed (if one could be) or has outlived its lease."""
-    expired = and_(packs.c.state == PackState.RUNNING, packs.c.lease_until < clock())
-    waiting = and_(packs.c.state == PackState.QUEUED, packs.c.not_before <= clock())
-    condition = or_(expired, waiting) if claimable else expired
-    return connection.execute(select(packs.c.id).where(condition).limit(1)).first() is not None
-
-
-def _an_id(text: str) -> str:
+def an_id(text: str) -> str:
     """Keep out what cannot be an id: PostgreSQL takes no NUL, and no index is needed to say so."""
     if len(text) != ID_LENGTH or not set(text) <= set(ALPHABET):
         raise NotFoundError(f"no sweep {text!r}")
     return text
+
+
+def check_exists(connection: Connection, sweep_id: str) -> None:
+    """Make sure that there is such a sweep.
+
+    Raises:
+        NotFoundError: if there is not.
+    """
+    if connection.execute(select(sweeps.c.id).where(sweeps.c.id == an_id(sweep_id))).first() is None:
+        raise NotFoundError(f"no sweep {sweep_id!r}")
 
 
 def spec_of(connection: Connection, sweep_id: str) -> SweepSpec:
@@ -187,7 +227,7 @@ def spec_of(connection: Connection, sweep_id: str) -> SweepSpec:
     Raises:
         NotFoundError: if there is no such sweep.
     """
-    row = connection.execute(select(sweeps.c.spec).where(sweeps.c.id == _an_id(sweep_id))).first()
+    row = connection.execute(select(sweeps.c.spec).where(sweeps.c.id == an_id(sweep_id))).first()
     if row is None:
         raise NotFoundError(f"no sweep {sweep_id!r}")
     return SweepSpec.model_validate(row.spec)
@@ -199,7 +239,7 @@ def get(connection: Connection, sweep_id: str) -> SweepRow:
     Raises:
         NotFoundError: if there is no such sweep.
     """
-    row = connection.execute(_with_counts().where(sweeps.c.id == _an_id(sweep_id))).first()
+    row = connection.execute(_with_counts().where(sweeps.c.id == an_id(sweep_id))).first()
     if row is None:
         raise NotFoundError(f"no sweep {sweep_id!r}")
     return _sweep_row(row)
@@ -231,6 +271,7 @@ def _with_counts() -> Select[Any]:
     )
     return select(
         sweeps,
+        select(teams.c.name).where(teams.c.id == sweeps.c.team_id).scalar_subquery().label("team"),
         pack_count(packs.c.runs_total, packs.c.state == PackState.COMPLETED).label("runs_done"),
         pack_count(packs.c.runs_diverged).label("runs_diverged"),
         pack_count(packs.c.runs_total * packs.c.step).label("run_steps_done"),

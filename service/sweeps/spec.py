@@ -21,6 +21,8 @@ MAX_GRIDS: Final = 100
 MAX_RUNS: Final = 1_000_000
 CURVE_POINTS: Final = 20
 MAX_CURVE_POINTS: Final = 2000
+MAX_PRIORITY: Final = 100
+LABEL: Final = r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$"
 
 PositiveRate = Annotated[float, Field(gt=0, le=1e6)]
 NonNegative = Annotated[float, Field(ge=0, le=1e6)]
@@ -287,8 +289,22 @@ Grid: TypeAlias = Annotated[SGDGrid | RMSpropGrid | AdamGrid | KroneckerGrid, Fi
 """A grid by its baseline, which decides what options there are."""
 
 
+class DeviceSpec(_Model):
+    """The devices that a sweep may use; all of its packs train on one kind."""
+
+    kind: Annotated[Literal["cpu", "gpu"] | None, Field(description="any if not given")] = None
+    model: Annotated[
+        str | None,
+        Field(
+            max_length=63,
+            pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$",
+            description="as nodes are labelled",
+        ),
+    ] = None
+
+
 class SweepSpec(_Model):
-    """A sweep: what to train, how long, on which seeds, over which grids."""
+    """A sweep: what to train, how long, on which seeds, over which grids, and how urgently."""
 
     name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
     dataset: Annotated[str, AfterValidator(_known_dataset)]
@@ -301,6 +317,14 @@ class SweepSpec(_Model):
     )
     dtype: config.DType = "float32"
     grids: Annotated[list[Grid], Field(min_length=1, max_length=MAX_GRIDS)]
+    priority: Annotated[
+        int,
+        Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="within the team; higher ones come first"),
+    ] = 0
+    reuse: Annotated[
+        bool, Field(description="take the results of equal runs of the team instead of training again")
+    ] = True
+    device: DeviceSpec = DeviceSpec()
 
     @field_validator("training")
     @classmethod

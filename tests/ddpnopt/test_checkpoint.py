@@ -31,7 +31,7 @@ from ddpnopt.config import FeedbackConfig, OptimizerConfig, RunConfig
 from ddpnopt.datasets.load import Dataset
 from ddpnopt.pack.checkpoint import PARTIAL, Checkpoints, key_of, sealed
 from ddpnopt.pack.engine import Trainer, train
-from ddpnopt.results import Finished, Progress, RunResult
+from ddpnopt.results import Finished, Progress, RunResult, Stopped
 from tests.ddpnopt.problems import baseline, bits, ddpnopt, run, sgd, toy
 from tests.ddpnopt.test_pack import EVERY, poison
 
@@ -204,6 +204,51 @@ def test_a_pack_that_is_interrupted_at_every_point_ends_as_one_that_is_not(train
     assert all_bits(end.results) == all_bits(expected)
     assert end.results[-1].state == "diverged"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("train_metrics", ["full", "running"])
+def test_a_pack_that_is_stopped_again_and_again_ends_as_one_that_is_not(train_metrics, tmp_path):
+    """At its start, and after each of its stretches, of which one ends at each point."""
+    runs = [timed(one, train_metrics=train_metrics, test_every=8) for one in PACK]
+    expected = finished(train(runs, DATA))
+    checkpoints, stops, points = Checkpoints(tmp_path, every=NEVER), [], []
+    while True:
+        # Each attempt may do one more stretch than it needs to get where the one before it was.
+        asked = iter([False] * bool(stops) + [True])
+        *progress, end = train(runs, DATA, checkpoints=checkpoints, stopping=lambda asked=asked: next(asked))
+        points += [event.step for event in progress]
+        if isinstance(end, Finished):
+            break
+        assert end == Stopped(end.step, kept=True)
+        assert len(list(tmp_path.iterdir())) == 1
+        stops.append(end.step)
+        assert len(stops) < 20
+        if end.step == 10:  # nothing is left but the last point
+            *progress, end = train(runs, DATA, checkpoints=checkpoints)
+            points += [event.step for event in progress]
+            break
+    assert stops[0] == 0
+    assert stops == sorted(stops)
+    assert {4, 8, 10} <= set(stops)
+    assert points == [0, 4, 8, 10]
+    assert isinstance(end, Finished)
+    assert all_bits(end.results) == all_bits(expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pack_that_is_stopped_without_a_place_for_its_state_is_lost():
+    answers = iter([False, False, True])
+    *_, end = train(PACK, DATA, stopping=lambda: next(answers))
+    assert isinstance(end, Stopped)
+    assert end.step > 0
+    assert not end.kept
+
+
+def test_a_state_that_cannot_be_kept_when_the_pack_is_stopped(tmp_path, caplog):
+    (tmp_path / "folder").write_text("a file")
+    (end,) = train(PACK, DATA, checkpoints=Checkpoints(tmp_path / "folder"), stopping=lambda: True)
+    assert end == Stopped(0, kept=False)
+    assert "could not be written" in caplog.text
 
 
 def test_runs_that_leave_and_an_interruption(tmp_path):

@@ -24,7 +24,7 @@ from service.sweeps.device import Device
 from service.sweeps.expand import Plan, plan
 from service.sweeps.spec import SweepSpec
 from tests.conftest import STORED_BEFORE
-from tests.service.helpers import ENVIRONMENT, outcome
+from tests.service.helpers import ENVIRONMENT, claim, outcome
 
 SWEEPS = "/api/v1/sweeps"
 
@@ -47,7 +47,7 @@ def sqlite_client(sqlite_engine: Engine) -> Iterator[TestClient]:
 
 def finish_all(engine: Engine, diverged: frozenset[int] = frozenset()) -> None:
     with write(engine) as connection:
-        for lease in leases.claim(connection, "a", 100):
+        for lease in claim(connection, "a", 100):
             runs = len(leases.runs_of(connection, lease))
             assert leases.finish(connection, lease, outcome(runs, diverged=diverged), ENVIRONMENT)
 
@@ -363,6 +363,12 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
         f"{SWEEPS}/{{sweep_id}}/runs",
         f"{SWEEPS}/{{sweep_id}}/heatmap",
         f"{SWEEPS}/{{sweep_id}}/curves",
+        f"{SWEEPS}/{{sweep_id}}/{{action}}",
+        f"{SWEEPS}/{{sweep_id}}/packs",
+        f"{SWEEPS}/{{sweep_id}}/packs/{{pack}}/log",
+        "/api/v1/teams",
+        "/api/v1/teams/{name}",
+        "/api/v1/cluster",
         "/healthz",
         "/readyz",
     } == set(document["paths"])
@@ -376,8 +382,8 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
     text = json.dumps(document)
     assert "HTTPValidationError" not in text
     submit = document["paths"][SWEEPS]["post"]["responses"]
-    assert set(submit) == {"200", "201", "409", "413", "422", "503"}
-    for status in ("409", "413", "422", "503"):
+    assert set(submit) == {"200", "201", "404", "409", "413", "422", "503"}
+    for status in ("404", "409", "413", "422", "503"):
         assert set(submit[status]["content"]) == {"application/problem+json"}
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert name in schemas

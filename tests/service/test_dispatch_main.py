@@ -15,11 +15,13 @@ from tests.service.helpers import pack_rows, submit
 
 STUCK = """
 import sys, time, types
+from workers.protocol import Node, Pool
 class RayExecutor:
-    slots = 1
-    def __init__(self, *_): self.task = None
+    cluster = "stuck"
+    def __init__(self, *_, **__): self.task = None
     def problem(self): return "its node is gone" if self.task else None
-    def free_slots(self): return 1
+    def nodes(self): return [Node("n", "here", Pool(), 1)]
+    def backlog(self): return 0
     def submit(self, task):
         self.task = task
         time.sleep(600)

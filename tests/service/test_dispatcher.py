@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import pytest
@@ -16,13 +15,12 @@ from service.db.tables import packs, results, runs, sweeps
 from service.dispatch import leases
 from service.dispatch.loop import Dispatcher
 from service.dispatch.policy import MAX_ATTEMPTS, GiveUp, Requeue, after_failure
-from service.dispatch.states import PackState, SweepState, sweep_state
 from service.results import queries as result_queries
 from service.sweeps import queries
 from tests.conftest import STORED_BEFORE
-from tests.service.helpers import ENVIRONMENT, outcome, pack_rows, submit
+from tests.service.helpers import ENVIRONMENT, make_ready, outcome, pack_rows, submit
 from workers.local import LocalExecutor
-from workers.protocol import PackEvent, PackFailed, PackFinished, PackProgress, PackTask
+from workers.protocol import Node, PackEvent, PackFailed, PackFinished, PackProgress, PackTask, Pool
 
 
 class Script:
@@ -34,8 +32,18 @@ class Script:
         self.cancelled: list[tuple[int, int]] = []
         self.events: list[PackEvent] = []
 
-    def free_slots(self) -> int:
-        return self.slots
+        self.stopped: list[tuple[int, int]] = []
+        self.waiting = 0
+        self.cluster = f"script-{id(self)}"
+
+    def nodes(self) -> Sequence[Node]:
+        return [Node("n", "here", Pool(), self.slots)]
+
+    def backlog(self) -> int:
+        return self.waiting
+
+    def stop(self, pack_id: int, attempt: int) -> None:
+        self.stopped.append((pack_id, attempt))
 
     def submit(self, task: PackTask) -> None:
         self.tasks.append(task)
@@ -122,8 +130,7 @@ def test_failures_are_retried_where_that_can_help(
         assert sweep(engine, sweep_id).state == "failed"
         return
     assert pack.state == "queued"
-    with write(engine) as connection:
-        connection.execute(update(packs).values(not_before=clock() - 1))
+    make_ready(engine)
     dispatcher.step(0)
     script.events = [finished(script.tasks[1])]
     dispatcher.step(0)
@@ -195,11 +202,10 @@ def test_a_commit_whose_answer_was_lost_is_looked_up(engine: Engine, small_spec:
     dispatcher = Dispatcher(engine, script, "a")
     dispatcher.step(0)
     done = finished(script.tasks[0])
-    lease = dispatcher.held[done.pack_id]
+    lease = dispatcher.held[done.pack_id].lease
     with write(engine) as connection:  # the commit that went through, though the dispatcher never heard of it
         leases.finish(connection, lease, done.results, done.environment)
-    script.events = [done]
-    dispatcher.step(0)
+    dispatcher.outbox.append(done)
     dispatcher.step(0)
     assert script.cancelled == []
     assert sweep(engine, sweep_id).runs_done == 18
@@ -303,13 +309,3 @@ def test_policy_backs_off_and_gives_up() -> None:
     assert after_failure(50, 99, retryable=True) == Requeue(60.0)
     assert after_failure(MAX_ATTEMPTS, MAX_ATTEMPTS, retryable=True) == GiveUp()
     assert after_failure(1, MAX_ATTEMPTS, retryable=False) == GiveUp()
-
-
-@pytest.mark.parametrize("counts", [counts for counts in product(range(3), repeat=4) if sum(counts)])
-def test_a_sweeps_state_follows_from_its_packs(counts: tuple[int, ...]) -> None:
-    queued, running, completed, failed = counts
-    found = sweep_state(dict(zip(PackState, counts, strict=True)), started=running + completed + failed > 0)
-    if queued + running:
-        assert found == (SweepState.RUNNING if running + completed + failed else SweepState.QUEUED)
-    else:
-        assert found == (SweepState.FAILED if failed else SweepState.COMPLETED)

@@ -82,7 +82,28 @@ def test_a_baseline_is_shared_by_its_row(small_spec: dict[str, Any]) -> None:
 def test_fig_4a_fills_the_device(device: Device, sizes: list[int]) -> None:
     spec = parse_spec(parse_yaml((EXAMPLES / "digits-fig4a-sgd.yaml").read_bytes()))
     assert [len(pack) for pack in plan(spec, device).packs] == sizes
-    assert plan(spec, device).at_once == (1 if device.kind == "gpu" else device.cores)
+    assert plan(spec, device).at_once == (8 if device.kind == "gpu" else device.cores)
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "share", "sizes"),
+    [(80, 0.125, [200]), (0.1, 0.25, [200]), (0.05, 0.5, [200]), (0.03, 1.0, [200]), (0.02, 1.0, [100, 100])],
+)
+def test_a_pack_takes_the_part_of_a_gpu_that_it_needs(
+    gibibytes: float, share: float, sizes: list[int]
+) -> None:
+    spec = parse_spec(parse_yaml((EXAMPLES / "digits-fig4a-sgd.yaml").read_bytes()))
+    found = plan(spec, Device("gpu", 1, int(gibibytes * 2**30)))
+    assert (found.share, [len(pack) for pack in found.packs]) == (share, sizes)
+    assert found.at_once == 1 / share
+
+
+def test_a_packs_time_is_that_of_its_runs(small_spec: dict[str, Any]) -> None:
+    small_spec |= {"seeds": 300}
+    found = plan(parse_spec(small_spec))
+    assert len(found.pack_seconds) == len(found.packs) > 1
+    per_run = [seconds / len(pack) for seconds, pack in zip(found.pack_seconds, found.packs, strict=True)]
+    assert max(per_run) < 1.1 * min(per_run)
 
 
 def test_many_packs_are_a_whole_number_of_rounds(small_spec: dict[str, Any]) -> None:

@@ -8,27 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, func, select, update
+from sqlalchemy import Connection, Engine, func, select
 
-from service.db.engine import clock, read, write
-from service.db.tables import curves, packs, results, runs
-from service.dispatch import leases
+from service.db.engine import read, write
+from service.db.tables import curves, results, runs
+from service.dispatch import leases, queue
 from service.dispatch.leases import Lease
 from service.sweeps import queries
-from tests.service.helpers import ENVIRONMENT, outcome, pack_rows, submit
+from tests.service.helpers import ENVIRONMENT, claim, expire, make_ready, outcome, pack_rows, submit
 
 RUNS = 18
 
 
 def claim_one(engine: Engine, owner: str = "a") -> Lease:
     with write(engine) as connection:
-        (lease,) = leases.claim(connection, owner, 1)
+        (lease,) = claim(connection, owner, 1)
     return lease
-
-
-def expire(engine: Engine) -> None:
-    with write(engine) as connection:
-        connection.execute(update(packs).where(packs.c.state == "running").values(lease_until=clock() - 1))
 
 
 def count(engine: Engine, table: Any) -> int:
@@ -50,13 +45,13 @@ def test_a_claim_raises_the_attempt_and_starts_the_sweep(engine: Engine, small_s
     assert (pack.state, pack.attempt, pack.lease_owner) == ("running", 1, "a")
     assert state(engine, sweep_id).state == "running"
     with write(engine) as connection:
-        assert leases.claim(connection, "b", 5) == []
+        assert claim(connection, "b", 5) == []
 
 
 def test_older_sweeps_come_first_and_the_limit_is_kept(engine: Engine, small_spec: dict[str, Any]) -> None:
     ids = [submit(engine, small_spec) for _ in range(5)]
     with write(engine) as connection:
-        claimed = leases.claim(connection, "a", 3)
+        claimed = claim(connection, "a", 3)
     assert [lease.sweep_id for lease in claimed] == ids[:3]
 
 
@@ -68,7 +63,7 @@ def test_two_claimers_never_get_the_same_pack(engine: Engine, small_spec: dict[s
     def claimer(name: str) -> None:
         while True:
             with write(engine) as connection:
-                got = leases.claim(connection, name, 2)
+                got = claim(connection, name, 2)
             if not got:
                 return
             taken.extend(lease.pack_id for lease in got)
@@ -113,7 +108,9 @@ STALE_WRITES: dict[str, Write] = {
     "finish": lambda c, lease: leases.finish(c, lease, outcome(RUNS, 9.0), ENVIRONMENT),
     "requeue": lambda c, lease: leases.requeue(c, lease, 0, "e", "d"),
     "give_up": lambda c, lease: leases.give_up(c, lease, "e", "d"),
-    "renew": lambda c, lease: leases.renew(c, [lease]) == set(),
+    "start": lambda c, lease: leases.start(c, lease, "node", "device"),
+    "stopped": lambda c, lease: leases.stopped(c, lease),
+    "held": lambda c, lease: lease.pack_id in leases.held(c, "a"),
 }
 
 
@@ -157,8 +154,10 @@ def test_a_renewed_lease_is_not_reaped(engine: Engine, small_spec: dict[str, Any
     lease = claim_one(engine)
     expire(engine)
     with write(engine) as connection:
-        assert leases.renew(connection, [lease]) == set()
+        leases.renew(connection, "a")
+        assert leases.held(connection, "a") == {lease.pack_id: leases.Held(1, stop=False)}
         assert leases.reap(connection) == 0
+        leases.renew(connection, "someone else")
 
 
 def test_reaping_gives_up_after_the_last_attempt(engine: Engine, small_spec: dict[str, Any]) -> None:
@@ -190,12 +189,13 @@ def test_a_requeued_pack_waits(engine: Engine, small_spec: dict[str, Any]) -> No
     lease = claim_one(engine)
     with write(engine) as connection:
         assert leases.requeue(connection, lease, 60.0, "worker lost", "")
-        assert leases.claim(connection, "a", 1) == []
-        assert not queries.has_work(connection, claimable=True)
-        connection.execute(update(packs).values(not_before=clock() - 1))
-        assert queries.has_work(connection, claimable=True)
-        assert not queries.has_work(connection, claimable=False)
-        (again,) = leases.claim(connection, "a", 1)
+        assert claim(connection, "a", 1) == []
+        assert not queue.has_work(connection, claimable=True)
+    make_ready(engine)
+    with write(engine) as connection:
+        assert queue.has_work(connection, claimable=True)
+        assert not queue.has_work(connection, claimable=False)
+        (again,) = claim(connection, "a", 1)
     assert again.attempt == 2
 
 
@@ -215,7 +215,7 @@ def test_a_failed_pack_fails_its_sweep_once_the_others_are_over(
     small_spec["seeds"] = 24  # three packs
     sweep_id = submit(engine, small_spec)
     with write(engine) as connection:
-        first, *rest = leases.claim(connection, "a", 9)
+        first, *rest = claim(connection, "a", 9)
         assert leases.give_up(connection, first, "out of luck", "trace")
     assert state(engine, sweep_id).state == "running"
     sizes = {pack.id: pack.runs_total for pack in pack_rows(engine)}

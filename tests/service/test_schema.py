@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, Program
 
 from service.config import Settings
 from service.db import schema
-from service.db.engine import clock, is_transient, open_engine, read, sqlite_module, write
+from service.db.engine import clock, is_transient, migrate, open_engine, read, sqlite_module, write
 from service.db.tables import metadata
 from service.errors import SetupError
 
@@ -30,7 +30,7 @@ def test_up_down_up(tmp_path: Path) -> None:
     engine = open_engine(f"sqlite:///{tmp_path / 'a.db'}")
     assert schema.upgrade(engine) == (None, schema.head())
     assert schema.upgrade(engine) == (schema.head(), schema.head())
-    with write(engine) as connection:
+    with migrate(engine) as connection:
         config = schema._config()
         config.attributes["connection"] = connection
         command.downgrade(config, "base")

@@ -25,6 +25,7 @@ SPEC: dict[str, Any] = {
     # Some seconds of training: what is killed has to be in the middle of something.
     "training": {"steps": 8_000, "batch_size": 16, "eval_every": 100},
     "seeds": 10,
+    "reuse": False,  # else the second of two equal sweeps is not trained
     "grids": [{"baseline": "sgd", "learning_rate": [0.4, 0.6, 0.7], "vxx_reg": [5e-5, 1e-4, 1e-3]}],
 }
 

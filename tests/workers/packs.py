@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ddpnopt.config import FeedbackConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpnopt.pack.engine import train
 from ddpnopt.results import Finished, RunResult
 from tests.ddpnopt.problems import bits
-from workers.protocol import Executor, PackEvent, PackProgress, PackTask
+from workers.protocol import (
+    Executor,
+    LastEvent,
+    PackEvent,
+    PackProgress,
+    PackStarted,
+    PackTask,
+)
 
 ENDLESS = 10_000_000
 
@@ -49,18 +57,30 @@ def collect(executor: Executor, ends: int, seconds: float = 60) -> list[PackEven
     """Poll until so many attempts have ended."""
     events: list[PackEvent] = []
     deadline = time.monotonic() + seconds
-    while sum(not isinstance(event, PackProgress) for event in events) < ends:
+    while sum(isinstance(event, LastEvent) for event in events) < ends:
         assert time.monotonic() < deadline, f"{ends} attempts did not end within {seconds} s: {events}"
         events += executor.poll(0.2)
     return events
 
 
-def wait_for_progress(executor: Executor, pack_ids: set[int], seconds: float = 60) -> None:
-    """Poll until all of these packs have trained a while."""
+def without_logs(events: Sequence[PackEvent]) -> list[PackEvent]:
+    """Return events as they are apart from what was written meanwhile."""
+    return [event if isinstance(event, PackStarted) else replace(event, log="") for event in events]
+
+
+def progress_of(events: Sequence[PackEvent]) -> list[PackEvent]:
+    """Return the progress alone, without logs."""
+    return without_logs([event for event in events if isinstance(event, PackProgress)])
+
+
+def wait_for_progress(executor: Executor, pack_ids: set[int], seconds: float = 60) -> list[PackEvent]:
+    """Poll until all of these packs have trained a while; return what was polled."""
     seen: set[int] = set()
+    events: list[PackEvent] = []
     deadline = time.monotonic() + seconds
     while not pack_ids <= seen:
         assert time.monotonic() < deadline, f"no progress of {pack_ids - seen} within {seconds} s"
-        events = executor.poll(0.2)
-        assert all(isinstance(event, PackProgress) for event in events), events
-        seen |= {event.pack_id for event in events if event.step > 0}
+        events += executor.poll(0.2)
+        assert not any(isinstance(event, LastEvent) for event in events), events
+        seen |= {event.pack_id for event in events if isinstance(event, PackProgress) and event.step > 0}
+    return events

@@ -25,7 +25,15 @@ from ddpnopt.results import Divergence, Finished, Progress, RunResult
 from tests.workers.packs import all_bits, expected, task
 from workers import memory
 from workers.actor import PackActor
-from workers.protocol import PackEvent, PackFailed, PackFinished, PackProgress, PackTask, WorkerOptions
+from workers.protocol import (
+    PackEvent,
+    PackFailed,
+    PackFinished,
+    PackProgress,
+    PackStarted,
+    PackTask,
+    WorkerOptions,
+)
 from workers.runner import run_pack
 
 # --- for real ---
@@ -43,7 +51,7 @@ import json
 import logging
 import torch
 from ddpnopt.datasets.load import load
-from tests.workers.test_memory import LITTLE, TOO_LITTLE, large, record
+from tests.workers.test_memory import LITTLE, TOO_LITTLE, large, records
 from workers import memory
 from workers.runner import run_pack
 
@@ -52,14 +60,15 @@ warnings = []
 
 class Kept(logging.Handler):
     def emit(self, record):
-        warnings.append(record.getMessage())
+        if record.levelno == logging.WARNING:
+            warnings.append(record.getMessage())
 
 logging.getLogger("workers").addHandler(Kept())
 list(run_pack(large(1, batch=16)))  # what libraries hold for good is not what a pack needs
 found = []
 for runs, nbytes in (TOO_LITTLE, LITTLE):
     memory.limit(nbytes)
-    events = [record(event) for event in run_pack(large(runs))]
+    events = records(run_pack(large(runs)))
     found.append((events, list(warnings)))
     warnings.clear()
 print(json.dumps(found))
@@ -76,8 +85,13 @@ def large(runs: int, batch: int = 1024) -> PackTask:
     return PackTask(1, 1, tuple(made))
 
 
+def records(events: Iterator[PackEvent]) -> list[list[Any]]:
+    """Put what follows the start into words that cross between processes."""
+    assert isinstance(next(events), PackStarted)
+    return [record(event) for event in events]
+
+
 def record(event: PackEvent) -> list[Any]:
-    """Put an event into words that cross between processes."""
     if isinstance(event, PackProgress):
         return ["progress", event.step, event.steps, event.active]
     if isinstance(event, PackFailed):
@@ -98,7 +112,7 @@ def held() -> list[tuple[list[list[Any]], list[str]]]:
 
 def test_a_pack_too_large_for_the_memory_is_trained_in_pieces_to_the_same_bits(held):
     _, (events, warnings) = held
-    *all_at_once, finished = map(record, run_pack(large(RUNS)))
+    *all_at_once, finished = records(run_pack(large(RUNS)))
     *progress, in_pieces = events
     assert in_pieces == finished
     assert f"{RUNS} runs at once are too many" in warnings[0]
@@ -192,7 +206,7 @@ class Scarce:
         self.asked: list[list[int]] = []
 
     def __call__(
-        self, runs: Sequence[RunConfig], *args: Any, checkpoints: Checkpoints | None = None
+        self, runs: Sequence[RunConfig], *args: Any, **options: Any
     ) -> Iterator[Progress | Finished]:
         seeds = [run.seed for run in runs]
         self.asked.append(seeds)
@@ -221,7 +235,7 @@ def numbered(runs: int) -> PackTask:
 def test_a_pack_is_halved_until_it_fits(after, monkeypatch):
     scarce = Scarce(2, NO_MEMORY[after], after)
     monkeypatch.setattr(workers.runner, "train", scarce)
-    *progress, finished = run_pack(numbered(7))
+    _, *progress, finished = run_pack(numbered(7))
     assert scarce.asked == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2], [0], [1, 2], [3, 4], [5, 6]]
     assert isinstance(finished, PackFinished)
     assert [result.index for result in finished.results] == list(range(7))
@@ -248,7 +262,7 @@ def test_a_pack_that_fits_is_trained_at_once(monkeypatch):
 def test_every_run_has_its_result_once_and_in_its_place(runs, most, monkeypatch):
     scarce = Scarce(most, MemoryError(), leaving=(0, 4))
     monkeypatch.setattr(workers.runner, "train", scarce)
-    *progress, finished = run_pack(numbered(runs))
+    _, *progress, finished = run_pack(numbered(runs))
     assert isinstance(finished, PackFinished)
     assert [(result.index, result.weights_digest) for result in finished.results] == [
         (place, str(place)) for place in range(runs)
@@ -262,7 +276,7 @@ def test_every_run_has_its_result_once_and_in_its_place(runs, most, monkeypatch)
 
 def test_who_has_left_in_an_earlier_piece_is_not_counted_as_active(monkeypatch):
     monkeypatch.setattr(workers.runner, "train", Scarce(2, MemoryError(), 0, leaving=(0, 1, 3)))
-    *progress, _ = run_pack(numbered(4))
+    _, *progress, _ = run_pack(numbered(4))
     assert [event.active for event in progress] == [4, 2, 2, 2, 1, 1]
 
 
@@ -299,11 +313,12 @@ def test_pieces_have_states_of_their_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(workers.runner, "train", scarce)
     events = run_pack(one, checkpoints)
+    assert isinstance(next(events), PackStarted)
     # 5 and 10 steps of the last two runs of three, after 20 of the first.
     assert [next(events).step for _ in range(8)] == [0, 1, 3, 5, 6, 6, 10, 13]
     events.close()
     assert len([*tmp_path.iterdir()]) == 1
-    *progress, finished = run_pack(one, checkpoints)
+    _, *progress, finished = run_pack(one, checkpoints)
     assert [event.step for event in progress] == [0, 1, 3, 5, 6, 13, 16, 20]
     assert isinstance(finished, PackFinished)
     assert all_bits(finished.results) == expected(one)
@@ -315,6 +330,7 @@ def test_pieces_have_states_of_their_own(tmp_path, monkeypatch):
 
 def seen_until(events: Iterator[PackEvent], step: int) -> list[int]:
     seen: list[int] = []
+    assert isinstance(next(events), PackStarted)
     while not seen or seen[-1] < step:
         event = next(events)
         assert isinstance(event, PackProgress)
@@ -335,7 +351,7 @@ def test_what_one_actor_began_another_ends(actor, tmp_path):
     events.close()
     assert len([*(tmp_path / "states").iterdir()]) == 1
     again = replace(one, attempt=2)
-    *progress, finished = actor().train(again)
+    _, *progress, finished = actor().train(again)
     assert progress == [PackProgress(one.pack_id, 2, step, 20, 3) for step in (10, 15, 20)]
     assert isinstance(finished, PackFinished)
     assert all_bits(finished.results) == expected(one)
@@ -347,7 +363,7 @@ def test_another_pack_does_not_go_on_from_there(actor, tmp_path):
     seen_until(events, 10)
     events.close()
     other = task(2, steps=20)
-    *progress, finished = actor().train(other)
+    _, *progress, finished = actor().train(other)
     assert [event.step for event in progress] == [0, 5, 10, 15, 20]
     assert isinstance(finished, PackFinished)
     assert all_bits(finished.results) == expected(other)

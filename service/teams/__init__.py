@@ -1,0 +1,1 @@
+"""Teams: whose sweeps, with what share of the devices and which quotas."""
