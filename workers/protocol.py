@@ -210,12 +210,14 @@ class PackStopped:
 
     Attributes:
         kept: whether another attempt can go on from where this one was.
+        step: updates done; None if the worker did not say.
         log: as in `PackProgress`.
     """
 
     pack_id: int
     attempt: int
     kept: bool
+    step: int | None = None
     log: str = ""
 
 

@@ -174,7 +174,8 @@ def _in_parts(
                 if isinstance(event, Progress):
                     yield _overall(task, len(places), piece, event, lost)
                 elif isinstance(event, Stopped):
-                    yield PackStopped(task.pack_id, task.attempt, event.kept)
+                    step = _overall_step(len(places), piece, event.step, task.runs[0].training.steps)
+                    yield PackStopped(task.pack_id, task.attempt, event.kept, step)
                     return
                 else:
                     lost += sum(result.state != "completed" for result in event.results)
@@ -205,9 +206,13 @@ def _train(
 
 def _overall(task: PackTask, total: int, piece: _Piece, event: Progress, lost: int) -> PackProgress:
     """Return the progress of all that is trained, whose earlier pieces are done and have lost members."""
-    step = (piece.start * event.steps + len(piece) * event.step) // total
+    step = _overall_step(total, piece, event.step, event.steps)
     active = event.active + total - len(piece) - lost
     return PackProgress(task.pack_id, task.attempt, step, event.steps, active)
+
+
+def _overall_step(total: int, piece: _Piece, step: int, steps: int) -> int:
+    return (piece.start * steps + len(piece) * step) // total
 
 
 def _let_go() -> None:

@@ -102,7 +102,8 @@ def train(
         stopping: asked at the start and after every stretch, of which one ends at each point of the curves.
 
     Yields:
-        `Progress` at every point of the curves, then one `Finished`, or `Stopped` if `stopping` said so.
+        `Progress` where it goes on from a state and at every point of the curves, then one `Finished`, or
+        `Stopped` if `stopping` said so.
         Closing the iterator stops the training too, and keeps nothing.
 
     Raises:
@@ -113,8 +114,7 @@ def train(
         raise ConfigError("runs", [], "at least one run")
     trainer = Trainer(runs, data or load(runs[0].dataset), torch.device(device))
     training, keeper = runs[0].training, _Keeper(trainer, checkpoints)
-    if checkpoints is not None and trainer.resume(checkpoints):
-        log.info("the pack goes on from its state at step %d of %d", trainer.step, training.steps)
+    yield from _resumed(trainer, checkpoints)
     if stopping is not None and stopping():
         yield Stopped(trainer.step, keeper.save())
         return
@@ -135,6 +135,15 @@ def train(
             break
     keeper.discard()
     yield Finished(trainer.results())
+
+
+def _resumed(trainer: Trainer, checkpoints: Checkpoints | None) -> Iterator[Progress]:
+    """Go on from a state if there is one; say where, unless that is a point of the curves, which says it."""
+    if checkpoints is None or not trainer.resume(checkpoints):
+        return
+    log.info("the pack goes on from its state at step %d of %d", trainer.step, trainer.training.steps)
+    if trainer.step not in trainer.training.points():
+        yield Progress(trainer.step, trainer.training.steps, trainer.active)
 
 
 class _Keeper:

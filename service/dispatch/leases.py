@@ -296,8 +296,17 @@ def give_up(connection: Connection, lease: Lease, error: str, detail: str, log: 
     return _end(connection, lease, "failed", log, **values)
 
 
-def stopped(connection: Connection, lease: Lease, log: str = "") -> bool:
-    """Give a pack back whose attempt stopped as it was asked to, which costs it none; false if fenced off."""
+def stopped(connection: Connection, lease: Lease, step: int | None = None, log: str = "") -> bool:
+    """Give a pack back whose attempt stopped as it was asked to, which costs it none; false if fenced off.
+
+    Args:
+        connection: in a writing transaction.
+        lease: of the attempt.
+        step: that it came to, if it is known.
+        log: the last of what it wrote.
+    """
+    if step is not None and not progress(connection, lease, step):
+        return False
     values = _given_back() | {"max_attempts": packs.c.max_attempts + 1, "error": None, "error_detail": None}
     return _end(connection, lease, "stopped", log, **values)
 

