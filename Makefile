@@ -89,8 +89,8 @@ fig3: $(VENV)/.installed ## time and memory of a step against its size (Fig. 3, 
 solo: $(VENV)/.installed ## train the 200 runs of Fig. 4a packed and one at a time, compare every bit (minutes)
 	$(BIN)/python -m benchmarks.solo
 
-soak: $(VENV)/.installed ## run sweeps for SOAK_MINUTES (10), killing the dispatcher now and then
-	$(BIN)/python -m benchmarks.soak --minutes $(or $(SOAK_MINUTES),10)
+soak: $(VENV)/.installed ## run sweeps for SOAK_MINUTES (60) while things are killed, paused and cancelled
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(SOAK_MINUTES),60)
 
 units: $(VENV)/.installed ## train Fig. 4a's SGD panel under every choice of units, scale and safeguard (minutes)
 	$(BIN)/python -m benchmarks.units

@@ -11,6 +11,9 @@ class Scale:
     """Counts.
 
     Attributes:
+        dispatcher_kills: of a dispatcher, on each database (T1).
+        worker_kills: of a worker of Ray (T3).
+        ray_kills: of the GCS, and as many of a raylet (T4).
         freezes: of a process beyond its lease, on each database (T2).
         server_stops: immediate ones of PostgreSQL (T5).
         fillings: of the disk (T6).
@@ -23,6 +26,9 @@ class Scale:
         backups: copies that are restored, on each database (T12).
     """
 
+    dispatcher_kills: int
+    worker_kills: int
+    ray_kills: int
     freezes: int
     server_stops: int
     fillings: int
@@ -35,6 +41,9 @@ class Scale:
 
 
 SHORT = Scale(
+    dispatcher_kills=1,
+    worker_kills=2,
+    ray_kills=1,
     freezes=6,
     server_stops=2,
     fillings=2,
@@ -46,6 +55,9 @@ SHORT = Scale(
     backups=2,
 )
 FULL = Scale(
+    dispatcher_kills=50,
+    worker_kills=30,
+    ray_kills=5,
     freezes=30,
     server_stops=20,
     fillings=20,
