@@ -120,3 +120,4 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         }
         connection.execute(tables.teams.update().values(fresh))
         connection.execute(tables.scheduler.update().values(virtual_times={}))
+    engine.dispose()

@@ -17,6 +17,7 @@ from sqlalchemy.types import Double
 from service.errors import SetupError
 
 BUSY_TIMEOUT_S: Final = 30
+IDLE_TRANSACTION_S: Final = 30
 TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "57"})
 """PostgreSQL's connection exceptions, rollbacks, lack of resources, interventions by the operator."""
 LOCK_NOT_AVAILABLE: Final = "55P03"
@@ -69,7 +70,7 @@ def open_engine(url: str | URL) -> Engine:
         if backend == "sqlite":
             return _sqlite_engine(url)
         if backend == "postgresql":
-            return create_engine(url, pool_pre_ping=True)
+            return _postgresql_engine(url)
     except (NoSuchModuleError, ImportError) as error:
         raise SetupError(f"DDPSWEEP_DATABASE_URL cannot be used: {error}") from error
     except (ArgumentError, ValueError) as error:
@@ -78,6 +79,19 @@ def open_engine(url: str | URL) -> Engine:
             "DDPSWEEP_DATABASE_URL is not a URL; allowed: sqlite:///…, postgresql://…"
         ) from error
     raise SetupError(f"DDPSWEEP_DATABASE_URL: got a {backend} URL; allowed: sqlite:///…, postgresql://…")
+
+
+def _postgresql_engine(url: str | URL) -> Engine:
+    engine = create_engine(url, pool_pre_ping=True)
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, record: Any) -> None:
+        # A process that is frozen within a transaction must not keep what it has locked from the others.
+        connection.autocommit = True
+        connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_S}s'")
+        connection.autocommit = False
+
+    return engine
 
 
 def _sqlite_engine(url: str | URL) -> Engine:

@@ -83,6 +83,27 @@ def test_sqlite_is_set_up_as_it_should_be(sqlite_engine: Engine) -> None:
     assert sqlite_module().sqlite_version_info >= (3, 51, 3)
 
 
+def test_a_transaction_that_nobody_goes_on_with_ends_on_postgresql(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.db.engine.IDLE_TRANSACTION_S", 1)
+    frozen, other = open_engine(postgresql_url), open_engine(postgresql_url)
+    lock = text("SELECT id FROM scheduler FOR UPDATE")
+
+    def freeze() -> None:
+        with write(frozen) as connection:
+            connection.execute(lock)
+            with write(other) as waiting:  # as long as the first one holds its row
+                waiting.execute(lock)
+            connection.execute(lock)
+
+    with pytest.raises(DBAPIError) as caught:
+        freeze()
+    assert is_transient(caught.value)
+    frozen.dispose()
+    other.dispose()
+
+
 def test_the_clock_is_the_databases_and_moves_on(engine: Engine) -> None:
     with read(engine) as connection:
         before = connection.execute(clock().select()).scalar_one()
