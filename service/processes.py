@@ -27,8 +27,8 @@ from sqlalchemy.exc import DBAPIError
 
 from service.config import Settings, check_host
 from service.db import schema
-from service.db.engine import open_engine, write
-from service.dispatch import leases, presence
+from service.db.engine import open_engine
+from service.dispatch.loop import give_back
 from service.dispatch.main import EXIT_LOST, new_owner
 from service.errors import SetupError
 
@@ -144,10 +144,10 @@ class Child:
         if self.process is not None:
             self.process.terminate()
 
-    def stop(self) -> None:
-        """Wait for the process to end, and then insist."""
+    def stop(self) -> int:
+        """Wait for the process to end, and then insist; return its exit code."""
         if self.process is None:
-            return
+            return 0
         try:
             self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -155,6 +155,7 @@ class Child:
             self.process.kill()
             self.process.wait()
         self._end_group()
+        return int(self.process.returncode)
 
     def _end_group(self) -> None:
         """End what the dead child has left: some of Ray's processes outlive a killed driver by a minute."""
@@ -185,9 +186,7 @@ class Supervisor:
 
     def _dispatcher_died(self) -> None:
         try:
-            with write(self.engine) as connection:
-                given_back = leases.release(connection, self.owner)
-                presence.leave(connection, self.owner)
+            given_back = give_back(self.engine, self.owner)
         except DBAPIError as error:
             log.warning("its packs wait for their leases to run out: %s", error.orig)
         else:
@@ -213,7 +212,8 @@ class Supervisor:
             for child in self.children:
                 child.ask_to_stop()
             for child in self.children:
-                child.stop()
+                if child.stop() != 0:
+                    child.died()
             for end in (read_end, write_end):
                 os.close(end)
 

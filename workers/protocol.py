@@ -21,7 +21,7 @@ from ddpnopt.results import RunResult
 
 DeviceKind = Literal["cpu", "gpu"]
 
-DECISIVE: Final = ("numerics", "torch", "kernel")
+DECISIVE: Final = ("numerics", "torch", "kernel", "pack")
 """The versions that a run's bits depend on."""
 
 LOG_BYTES: Final = 64 * 1024
@@ -80,8 +80,8 @@ class PackTask:
         runs: what to train together; a result's `index` is a place in it.
         pool: where to train; None leaves it to the executor.
         share: of a device that the pack needs: 1, or a fraction of a GPU.
-        known: for each run the `Environment.key` under which equal results are recorded, None without; empty
-            if there are none at all. A worker whose own key is the same does not train the run again.
+        known: for each run the `Environment.key`s under which equal results are recorded; empty if there are
+            none at all. A worker whose own key is among them does not train the run again.
     """
 
     pack_id: int
@@ -89,7 +89,7 @@ class PackTask:
     runs: tuple[RunConfig, ...]
     pool: Pool | None = None
     share: float = 1.0
-    known: tuple[str | None, ...] = ()
+    known: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ class Environment:
 
     Attributes:
         device: kind of device, such as the CPU's model name.
-        versions: of the numerics and of the libraries under them.
+        versions: of the numerics and of the libraries under them; on a GPU also of the pack, since a run's
+            bits depend there on who shares it.
         data_checksum: SHA-256 of the dataset.
     """
 
@@ -155,6 +156,8 @@ class PackProgress:
     """The attempt has done `step` of `steps` updates; `active` members have not diverged.
 
     Attributes:
+        runs: that are trained, those included that have diverged; None if it was not said. The task's others
+            have equal results.
         log: what it wrote since its last event; `LOG_BYTES` at the most.
     """
 
@@ -163,6 +166,7 @@ class PackProgress:
     step: int
     steps: int
     active: int
+    runs: int | None = None
     log: str = ""
 
 

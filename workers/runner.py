@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
 import platform
 import time
@@ -99,11 +101,14 @@ def _trained(
     started = time.monotonic()
     data = load(task.runs[0].dataset)
     environment = describe(data.checksum, site.device, _kernel(task, site.device))
+    if site.device != "cpu":
+        environment = _of_pack(environment, _composition(task))
     reused = _reused(task, environment, site.device)
     places = [place for place in range(len(task.runs)) if place not in set(reused)]
     _announce(task, environment, len(places))
     results: list[RunResult] = []
-    for event in _in_parts(task, places, data, checkpoints, site):
+    pieces = _Pieces()
+    for event in _in_parts(task, places, data, checkpoints, site, pieces):
         if isinstance(event, RunResult):
             results.append(event)
             continue
@@ -114,6 +119,8 @@ def _trained(
             return
     results.sort(key=lambda result: result.index)
     log.info("pack %d: done after %.1f s", task.pack_id, time.monotonic() - started)
+    if pieces.split and site.device != "cpu":
+        environment = _of_pack(environment, f"{_composition(task)} in pieces")
     yield PackFinished(task.pack_id, task.attempt, tuple(results), environment, reused)
 
 
@@ -133,8 +140,18 @@ def _reused(task: PackTask, environment: Environment, device: str) -> tuple[int,
     On a GPU a run's bits depend on who shares its pack, so that a part of a pack would be another one.
     """
     key = environment.key()
-    same = tuple(place for place, known in enumerate(task.known) if known == key)
+    same = tuple(place for place, known in enumerate(task.known) if key in known)
     return same if device == "cpu" or len(same) == len(task.runs) else ()
+
+
+def _composition(task: PackTask) -> str:
+    """Name the runs of a pack, in their order."""
+    document = json.dumps([run.to_dict() for run in task.runs], sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()
+
+
+def _of_pack(environment: Environment, pack: str) -> Environment:
+    return replace(environment, versions=environment.versions | {"pack": pack})
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +169,20 @@ class _Piece:
         return [_Piece(self.start, middle), _Piece(middle, self.stop)]
 
 
+@dataclass(slots=True)
+class _Pieces:
+    """Whether a pack had to be split."""
+
+    split: bool = False
+
+
 def _in_parts(
-    task: PackTask, places: Sequence[int], data: Dataset, checkpoints: Checkpoints | None, site: Site
+    task: PackTask,
+    places: Sequence[int],
+    data: Dataset,
+    checkpoints: Checkpoints | None,
+    site: Site,
+    pieces: _Pieces,
 ) -> Iterator[PackProgress | PackStopped | RunResult]:
     """Train these runs at once if memory suffices, else in halves, or halves of these, one after another.
 
@@ -186,6 +215,7 @@ def _in_parts(
             log.warning(
                 "pack %d: %d runs at once are too many, it is split: %s", task.pack_id, len(piece), error
             )
+            pieces.split = True
             halves = piece.halves()
             largest = len(halves[1])
             waiting = halves + [
@@ -197,18 +227,23 @@ def _in_parts(
         _let_go()
 
 
+def _own(checkpoints: Checkpoints | None, task: PackTask) -> Checkpoints | None:
+    """Return the folder in which a pack's states are its own: an equal pack that ends removes others."""
+    return None if checkpoints is None else replace(checkpoints, owner=f"{task.pack_id}-")
+
+
 def _train(
     task: PackTask, places: Sequence[int], data: Dataset, checkpoints: Checkpoints | None, site: Site
 ) -> Iterator[EngineEvent]:
     runs = [task.runs[place] for place in places]
-    return train(runs, data, site.device, checkpoints=checkpoints, stopping=site.stopping)
+    return train(runs, data, site.device, checkpoints=_own(checkpoints, task), stopping=site.stopping)
 
 
 def _overall(task: PackTask, total: int, piece: _Piece, event: Progress, lost: int) -> PackProgress:
     """Return the progress of all that is trained, whose earlier pieces are done and have lost members."""
     step = _overall_step(total, piece, event.step, event.steps)
     active = event.active + total - len(piece) - lost
-    return PackProgress(task.pack_id, task.attempt, step, event.steps, active)
+    return PackProgress(task.pack_id, task.attempt, step, event.steps, active, total)
 
 
 def _overall_step(total: int, piece: _Piece, step: int, steps: int) -> int:

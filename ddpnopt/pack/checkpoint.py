@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 EVERY_S: Final = 60.0
-STALE_S: Final = 7 * 86400.0
+STALE_S: Final = 30 * 86400.0
 PARTIAL: Final = ".part"
 DIGEST_BYTES: Final = 32
 """SHA-256 of the rest, with which a file begins."""
@@ -37,14 +37,16 @@ class Checkpoints:
     Attributes:
         folder: made when first written to.
         every: seconds of training between two writes.
+        owner: how the names of the files begin, which keeps apart those of equal packs.
     """
 
     folder: Path
     every: float = EVERY_S
+    owner: str = ""
 
     def path(self, key: str) -> Path:
         """Return a pack's file."""
-        return self.folder / f"{key[:32]}.pt"
+        return self.folder / f"{self.owner}{key[:32]}.pt"
 
     def save(self, key: str, state: dict[str, Any]) -> None:
         """Write a pack's state; whatever happens, the file holds the last one or this one.

@@ -96,12 +96,14 @@ def upgrade() -> None:
         sa.Column("pool", sa.String(length=144), nullable=False),
         sa.Column("share", sa.Double(), nullable=False),
         sa.Column("charged", sa.Double(), nullable=False),
+        sa.Column("weight", sa.Double(), nullable=False),
         sa.Column("node", sa.String(length=100), nullable=True),
         sa.Column("device", sa.String(length=200), nullable=True),
         sa.Column("claimed_at", sa.Double(), nullable=False),
         sa.Column("started_at", sa.Double(), nullable=True),
         sa.Column("ended_at", sa.Double(), nullable=True),
         sa.Column("first_step", sa.Integer(), nullable=True),
+        sa.Column("runs_trained", sa.Integer(), nullable=True),
         sa.Column("outcome", sa.String(length=16), nullable=False),
         sa.Column("device_seconds", sa.Double(), nullable=False),
         sa.Column("run_steps", sa.BigInteger(), nullable=False),
@@ -235,6 +237,11 @@ def _downgrade_packs() -> None:
 def _downgrade_sweeps() -> None:
     op.execute("UPDATE sweeps SET state = 'running' WHERE state IN ('pausing', 'paused', 'cancelling')")
     op.execute("UPDATE sweeps SET state = 'failed' WHERE state = 'cancelled'")
+    # Two teams may have used one key, of which the older version allows one.
+    op.execute(
+        "UPDATE sweeps SET idempotency_key = NULL WHERE EXISTS (SELECT 1 FROM sweeps AS other "
+        "WHERE other.idempotency_key = sweeps.idempotency_key AND other.id < sweeps.id)"
+    )
     op.drop_index("ix_sweeps_alive", table_name="sweeps")
     op.drop_index("ix_sweeps_queue", table_name="sweeps")
     with op.batch_alter_table("sweeps") as batch:

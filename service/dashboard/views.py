@@ -110,12 +110,13 @@ def pack_log(connection: Connection, sweep_id: str, position: int, attempt: int 
 
 
 def cluster(connection: Connection) -> dict[str, Any]:
-    """Return the cluster, with what is used of each machine by its name."""
+    """Return the cluster, with what is used of each machine by its cluster and name."""
     view: Cluster = cluster_view(connection)
-    used: dict[str, float] = {}
+    used: dict[tuple[str, str], float] = {}
     for pack in view.packs:
         if pack.node is not None:
-            used[pack.node] = used.get(pack.node, 0.0) + pack.share
+            place = (pack.cluster, pack.node)
+            used[place] = used.get(place, 0.0) + pack.share
     return {
         "dispatchers": view.dispatchers,
         "nodes": view.nodes[:SHOWN_ROWS],

@@ -113,6 +113,10 @@ def _dump_postgresql(url: URL, draft: Path) -> None:
     Raises:
         SetupError: if there is none, or it fails.
     """
+    if "sslpassword" in url.query:
+        raise SetupError(
+            "a URL with sslpassword: run pg_dump by hand, it takes that on its command line alone"
+        )
     where, secrets = _without_passwords(url)
     command = ["pg_dump", "--format=custom", "--no-password", f"--file={draft}", f"--dbname={where}"]
     try:

@@ -180,6 +180,8 @@ attempts: Final = Table(
     Column("share", Double, nullable=False),
     # Seconds that the team was charged at the claim; the actual ones take their place at the end.
     Column("charged", Double, nullable=False),
+    # The team's, by which it was charged.
+    Column("weight", Double, nullable=False),
     Column("node", String(100)),
     Column("device", String(200)),
     Column("claimed_at", Double, nullable=False),
@@ -188,6 +190,8 @@ attempts: Final = Table(
     Column("ended_at", Double),
     # The step that it began at, if it told of any.
     Column("first_step", Integer),
+    # Runs that it trains, if it told: the others have equal results.
+    Column("runs_trained", Integer),
     Column("outcome", String(16), nullable=False),
     Column("device_seconds", Double, nullable=False),
     Column("run_steps", BigInteger, nullable=False),

@@ -133,6 +133,7 @@ def claim(
         )
         .returning(sweeps.c.team_id, sweeps.c.pack_share)
     ).one()
+    weight = connection.execute(select(teams.c.weight).where(teams.c.id == sweep.team_id)).scalar_one()
     connection.execute(
         insert(attempts),
         [
@@ -146,6 +147,7 @@ def claim(
                 "pool": pool.key(),
                 "share": sweep.pack_share,
                 "charged": charged,
+                "weight": weight,
                 "claimed_at": _now(connection),
                 "outcome": "running",
                 "device_seconds": 0.0,
@@ -188,15 +190,29 @@ def start(connection: Connection, lease: Lease, node: str, device: str) -> bool:
     return True
 
 
-def progress(connection: Connection, lease: Lease, step: int, log: str = "") -> bool:
-    """Record how far an attempt is and what it wrote; false if it is not the running one."""
+def progress(
+    connection: Connection, lease: Lease, step: int, log: str = "", trained: int | None = None
+) -> bool:
+    """Record how far an attempt is and what it wrote; false if it is not the running one.
+
+    Args:
+        connection: in a writing transaction.
+        lease: of the attempt.
+        step: updates done.
+        log: what it wrote since the last time.
+        trained: runs that it trains; those that it does not have equal results.
+    """
     done = connection.execute(update(packs).where(_holds(lease)).values(step=step))
     if done.rowcount != 1:
         return False
     connection.execute(
         update(attempts)
         .where(_is(lease))
-        .values(first_step=func.coalesce(attempts.c.first_step, step), **_with_log(log))
+        .values(
+            first_step=func.coalesce(attempts.c.first_step, step),
+            runs_trained=func.coalesce(attempts.c.runs_trained, trained),
+            **_with_log(log),
+        )
     )
     return True
 
@@ -220,7 +236,7 @@ def finish(
         log: the last of what the attempt wrote.
 
     Raises:
-        LookupError: if an equal result is not there any more.
+        ResultsGoneError: if an equal result is not there any more.
     """
     done = connection.execute(
         update(packs)
@@ -233,7 +249,7 @@ def finish(
             finished_at=clock(),
             error=null(),
             error_detail=null(),
-            device=environment.device,
+            device=environment.device[:200],
             versions=environment.versions,
             data_checksum=environment.data_checksum,
             environment_key=environment.key(),
@@ -536,9 +552,8 @@ def _close_one(
     log: str,
 ) -> _Closed | None:
     row = connection.execute(
-        select(attempts, packs.c.step, packs.c.runs_total, teams.c.weight, clock().label("now"))
+        select(attempts, packs.c.step, packs.c.runs_total, clock().label("now"))
         .join(packs, packs.c.id == attempts.c.pack_id)
-        .join(teams, teams.c.id == attempts.c.team_id)
         .where(attempts.c.pack_id == pack_id, attempts.c.attempt == attempt)
     ).first()
     if row is None:
@@ -550,7 +565,7 @@ def _close_one(
         row.team_id,
         row.pool,
         row.share * seconds,
-        steps * (row.runs_total if trained is None else trained),
+        steps * next(n for n in (trained, row.runs_trained, row.runs_total) if n is not None),
         fairness.correction(row.charged, seconds, row.share, row.weight),
     )
     connection.execute(

@@ -11,18 +11,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 from pydantic import ValidationError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from ddpnopt.errors import DDPNOptError
 from service.db.engine import is_transient, read, storable, write
 from service.dispatch import leases, presence, queue
-from service.dispatch.fairness import CREDIT_S, Decision, schedule
+from service.dispatch.fairness import CREDIT_S, schedule
 from service.dispatch.leases import Lease
 from service.dispatch.policy import GiveUp, after_failure
 from service.results import reuse
+from service.results.reuse import ResultsGoneError
 from service.sweeps import queries
 from workers.protocol import (
     Executor,
@@ -41,6 +44,9 @@ log = logging.getLogger(__name__)
 REFLECT_EVERY_S: Final = 5.0
 """How often a full cluster is looked at for packs that should make room."""
 PRESENCE_EVERY_S: Final = 5.0
+BARREN_S: Final = 2.0
+"""How long a queue is left alone in which nobody could be given anything, though devices were free."""
+RELEASE_TRIES: Final = 3
 
 
 @dataclass(slots=True)
@@ -68,6 +74,24 @@ class _Every:
             return False
         self.last = now
         return True
+
+
+def give_back(engine: Engine, owner: str) -> int:
+    """Give back all packs of a dispatcher that is gone, or goes; return their number.
+
+    Raises:
+        DBAPIError: if that is not possible, even the third time: their leases run out.
+    """
+    for tries in range(1, RELEASE_TRIES + 1):
+        try:
+            with write(engine) as connection:
+                presence.leave(connection, owner)
+                return leases.release(connection, owner)
+        except DBAPIError as error:
+            if tries == RELEASE_TRIES or not is_transient(error):
+                raise
+            time.sleep(0.2 * tries)
+    raise AssertionError("unreachable")
 
 
 class Dispatcher:
@@ -101,6 +125,7 @@ class Dispatcher:
         self._renewal = _Every(leases.RENEW_EVERY_S, start)
         self._reflection = _Every(REFLECT_EVERY_S, start)
         self._times = _Every(CREDIT_S / 2, start)
+        self._barren_until = start
         self._presence = _Every(PRESENCE_EVERY_S, start - PRESENCE_EVERY_S)
 
     def step(self, timeout: float) -> None:
@@ -129,9 +154,7 @@ class Dispatcher:
 
     def abandon(self) -> None:
         """Give all packs back without a word to the executor."""
-        with write(self.engine) as connection:
-            leases.release(connection, self.owner)
-            presence.leave(connection, self.owner)
+        give_back(self.engine, self.owner)
         self.held.clear()
         self._claimed.clear()
 
@@ -205,7 +228,8 @@ class Dispatcher:
     def _claim(self) -> None:
         # Virtual times go on while packs run, even when nobody waits.
         look = bool(self.held) and self._times.is_due(self.now())
-        full = not self._has_room() and not self._reflection.is_due(self.now())
+        hopeless = not self._has_room() or self.now() < self._barren_until
+        full = hopeless and not self._reflection.is_due(self.now())
         with read(self.engine) as connection:
             if not look and not queue.has_work(connection, claimable=not full):
                 return
@@ -216,20 +240,33 @@ class Dispatcher:
         with write(self.engine) as connection:
             claimed = self._decided(connection)
         self._unsure = False
+        if not claimed:
+            self._barren_until = self.now() + BARREN_S
         for lease, pool in claimed:
             self.held[lease.pack_id] = _Holding(lease)
             self._claimed.append((lease, pool))
 
     def _submit(self) -> None:
-        """Hand the claimed packs over, outside of the transaction in which others wait for their turn."""
+        """Hand the claimed packs over, outside of the transaction in which others wait for their turn.
+
+        What was not handed over for lack of a database may have been lost or stopped meanwhile.
+        """
         while self._claimed:
             lease, pool = self._claimed[0]
-            if task := self._task(lease, pool):
-                log.info("pack %d, attempt %d: %d runs", lease.pack_id, lease.attempt, len(task.runs))
-                self.executor.submit(task)
-            else:
-                del self.held[lease.pack_id]
+            holding = self.held.get(lease.pack_id)
+            if holding is not None and holding.lease == lease:
+                self._hand_over(holding, pool)
             self._claimed.popleft()
+
+    def _hand_over(self, holding: _Holding, pool: Pool) -> None:
+        lease = holding.lease
+        if holding.stopping:
+            self._record(lease, PackStopped(lease.pack_id, lease.attempt, kept=True))
+        elif task := self._task(lease, pool):
+            log.info("pack %d, attempt %d: %d runs", lease.pack_id, lease.attempt, len(task.runs))
+            self.executor.submit(task)
+        else:
+            del self.held[lease.pack_id]
 
     def _has_room(self) -> bool:
         devices = sum(node.devices for node in self.executor.nodes()) + self.executor.backlog()
@@ -245,10 +282,12 @@ class Dispatcher:
             backlog=self.executor.backlog(),
             stoppable=self.keeps_state,
         )
-        decision: Decision = schedule(snapshot)
+        decision = schedule(snapshot)
+        queue.preempt(connection, decision)
         found = [
             (lease, claim.pool)
-            for claim in decision.claims
+            # In order: two that lock the same sweeps must not wait for each other.
+            for claim in sorted(decision.claims, key=attrgetter("sweep_id"))
             for lease in leases.claim(
                 connection,
                 self.owner,
@@ -259,7 +298,7 @@ class Dispatcher:
                 claim.charged,
             )
         ]
-        queue.charge(connection, decision)
+        queue.charge(connection, snapshot, decision)
         return found
 
     def _task(self, lease: Lease, pool: Pool) -> PackTask | None:
@@ -268,16 +307,17 @@ class Dispatcher:
                 spec = queries.spec_of(connection, lease.sweep_id)
                 runs = leases.runs_of(connection, lease)
                 known = reuse.candidates(connection, lease.pack_id) if spec.reuse else ()
-        except ValidationError as error:
+            configs = tuple(
+                spec.run_config(run.grid, run.method, run.learning_rate, run.vxx_reg, run.seed)
+                for run in runs
+            )
+        except (ValidationError, DDPNOptError) as error:
             # Stored by another version. It must not stand in the way of all other sweeps.
             log.error("pack %d: this version cannot read its sweep's spec: %s", lease.pack_id, error)
             why = ("this version cannot read the sweep's spec", storable(str(error)))
             with write(self.engine) as connection:
                 leases.give_up(connection, lease, *why)
             return None
-        configs = tuple(
-            spec.run_config(run.grid, run.method, run.learning_rate, run.vxx_reg, run.seed) for run in runs
-        )
         return PackTask(lease.pack_id, lease.attempt, configs, pool, lease.share, known)
 
     def _deliver(self) -> None:
@@ -292,21 +332,23 @@ class Dispatcher:
         try:
             with write(self.engine) as connection:
                 accepted = self._write(connection, lease, event)
-        except LookupError as error:
+        except ResultsGoneError as error:
+            gone = PackFailed(lease.pack_id, lease.attempt, str(error), "", retryable=True)
             with write(self.engine) as connection:
-                accepted = leases.requeue(connection, lease, 0.0, str(error), "")
+                accepted = self._write_failure(connection, lease, gone)
         if not accepted:
             log.warning("pack %d: attempt %d is fenced off", lease.pack_id, lease.attempt)
             self.executor.cancel(lease.pack_id, lease.attempt)
         if not accepted or not isinstance(event, PackStarted | PackProgress):
             del self.held[lease.pack_id]
+            self._barren_until = self.now()
 
     def _write(self, connection: Connection, lease: Lease, event: PackEvent) -> bool:
         match event:
             case PackStarted():
                 return leases.start(connection, lease, event.node, event.device)
             case PackProgress():
-                return leases.progress(connection, lease, event.step, storable(event.log))
+                return leases.progress(connection, lease, event.step, storable(event.log), event.runs)
             case PackFinished():
                 text = storable(event.log)
                 done = leases.finish(connection, lease, event.results, event.environment, event.reused, text)

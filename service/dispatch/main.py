@@ -11,11 +11,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from service.config import Settings
 from service.db import schema
-from service.db.engine import open_engine
+from service.db.engine import is_transient, open_engine
 from service.dispatch.loop import Dispatcher
 from service.errors import SetupError
 from workers.protocol import CannotJoinError, ExecutorLostError
@@ -68,15 +69,30 @@ def _executor(settings: Settings) -> RayExecutor:
         raise SetupError(f"Ray on this machine: {error}") from error
 
 
+def _check_database(engine: Engine) -> None:
+    """Make sure that the database is this version's; if it is away, end so that the next one tries again.
+
+    Raises:
+        SetupError: if it is not.
+    """
+    try:
+        schema.check(engine)
+    except SetupError as error:
+        if not (isinstance(error.__cause__, DBAPIError) and is_transient(error.__cause__)):
+            raise
+        log.error("%s", error)
+        os._exit(EXIT_LOST)
+
+
 def run(settings: Settings, owner: str) -> None:
     """Dispatch until SIGTERM or SIGINT, then let the packs write their state and give them back.
 
     Raises:
         SetupError: if the database or the cluster cannot be used.
     """
-    stop = threading.Event()
+    stop, done = threading.Event(), threading.Event()
     engine = open_engine(settings.resolved_database_url())
-    schema.check(engine)
+    _check_database(engine)
     executor = _executor(settings)
     keeps_state = settings.checkpoint_folder() is not None
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,7 +102,7 @@ def run(settings: Settings, owner: str) -> None:
 
     def watch() -> None:
         # A call into a Ray whose local node died can hang for ever: poll alone cannot be relied on to raise.
-        while not stop.wait(WATCH_EVERY_S):
+        while not done.wait(WATCH_EVERY_S):
             if problem := executor.problem():
                 time.sleep(GRACE_S)
                 log.error("%s; the call into Ray hangs", problem)
@@ -96,13 +112,14 @@ def run(settings: Settings, owner: str) -> None:
     try:
         while not stop.is_set():
             dispatcher.step(ROUND_S)
+        dispatcher.close(DRAIN_S if keeps_state else 0.0)
     except ExecutorLostError as error:
         log.error("%s; this dispatcher ends, the next one starts afresh", error)
         _end_without_ray(dispatcher)
     except BaseException:
         dispatcher.close()
         raise
-    dispatcher.close(DRAIN_S if keeps_state else 0.0)
+    done.set()
     executor.close()
     engine.dispose()
 

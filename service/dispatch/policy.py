@@ -8,6 +8,7 @@ from typing import Final
 MAX_ATTEMPTS: Final = 5
 FIRST_DELAY_S: Final = 1.0
 LONGEST_DELAY_S: Final = 60.0
+LAST_DOUBLING: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,11 @@ class GiveUp:
 
 
 def after_failure(attempt: int, max_attempts: int, *, retryable: bool) -> Requeue | GiveUp:
-    """Decide after attempt number `attempt` failed: retry what a retry can help, ever more slowly."""
+    """Decide after attempt number `attempt` failed: retry what a retry can help, ever more slowly.
+
+    Attempts that stopped or were given back did not fail: each has raised `max_attempts` by one.
+    """
     if not retryable or attempt >= max_attempts:
         return GiveUp()
-    return Requeue(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** (attempt - 1)))
+    failures = max(1, min(LAST_DOUBLING, attempt - (max_attempts - MAX_ATTEMPTS)))
+    return Requeue(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** (failures - 1)))

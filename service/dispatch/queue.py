@@ -80,29 +80,50 @@ def snapshot(
     )
 
 
-def charge(connection: Connection, decision: Decision) -> None:
-    """Write the virtual times that a decision leads to, and ask the packs that it names to stop."""
-    times = lock(connection) | dict(decision.virtual_times)
-    connection.execute(
-        update(scheduler).values(virtual_times={pool.key(): time for pool, time in times.items()})
-    )
-    if decision.team_times:
-        _charge_teams(connection, decision.team_times)
+def preempt(connection: Connection, decision: Decision) -> None:
+    """Ask the packs that a decision names to stop."""
     if decision.preempt:
         connection.execute(
             update(packs).where(packs.c.id.in_(decision.preempt), is_running).values(preempted=True)
         )
 
 
-def _charge_teams(connection: Connection, times: Mapping[tuple[str, Pool], float]) -> None:
-    ids = columns(connection, select(teams.c.name, teams.c.id))
-    for (name, pool), time in sorted(times.items(), key=lambda item: (ids[item[0][0]], item[0][1].key())):
-        row = {"team_id": ids[name], "pool": pool.key()}
-        changed = connection.execute(
-            update(shares).where(*(shares.c[n] == v for n, v in row.items())).values(virtual_time=time)
+def charge(connection: Connection, seen: Snapshot, decision: Decision) -> None:
+    """Write the virtual times that a decision leads to.
+
+    Those of the teams by difference: attempts that end meanwhile correct them, too.
+
+    Args:
+        connection: that holds the lock.
+        seen: what was decided about.
+        decision: on it.
+    """
+    times = dict(seen.virtual_times) | dict(decision.virtual_times)
+    if times != dict(seen.virtual_times):
+        connection.execute(
+            update(scheduler).values(virtual_times={pool.key(): time for pool, time in times.items()})
         )
-        if changed.rowcount == 0:
+    if decision.team_times:
+        before = {(team.name, pool): time for team in seen.teams for pool, time in team.virtual_times.items()}
+        _charge_teams(connection, before, decision.team_times)
+
+
+def _charge_teams(
+    connection: Connection,
+    before: Mapping[tuple[str, Pool], float],
+    after: Mapping[tuple[str, Pool], float],
+) -> None:
+    ids = columns(connection, select(teams.c.name, teams.c.id))
+    for (name, pool), time in sorted(after.items(), key=lambda item: (ids[item[0][0]], item[0][1].key())):
+        row = {"team_id": ids[name], "pool": pool.key()}
+        if (name, pool) not in before:  # only who has the lock makes one
             connection.execute(insert(shares).values(virtual_time=time, **row))
+            continue
+        connection.execute(
+            update(shares)
+            .where(*(shares.c[key] == value for key, value in row.items()))
+            .values(virtual_time=shares.c.virtual_time + (time - before[name, pool]))
+        )
 
 
 def _is_waiting() -> ColumnElement[bool]:

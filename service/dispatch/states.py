@@ -83,7 +83,7 @@ PACK_TRANSITIONS: Final[Mapping[tuple[PackState, PackEvent], PackState]] = {
     (PackState.FAILED, PackEvent.RETRY): _Q,
     (PackState.CANCELLED, PackEvent.RETRY): _Q,
 }
-"""Whatever is not here changes nothing."""
+"""Whatever is not here changes nothing. The writes themselves are SQL; tests hold each of them to it."""
 
 _ALIVE: Final = (SweepState.QUEUED, SweepState.RUNNING, SweepState.PAUSING, SweepState.PAUSED)
 _ACTIONS: Final[Mapping[Action, Mapping[SweepState, Wanted]]] = {

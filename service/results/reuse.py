@@ -17,25 +17,26 @@ from service.db.engine import columns
 from service.db.tables import curves, packs, results, runs, sweeps
 
 
-def candidates(connection: Connection, pack_id: int) -> tuple[str | None, ...]:
-    """Return, for each run of a pack by place, the environment of the latest equal run with a result.
+class ResultsGoneError(Exception):
+    """Results that were there when a pack was claimed are not there any more."""
+
+
+def candidates(connection: Connection, pack_id: int) -> tuple[tuple[str, ...], ...]:
+    """Return, for each run of a pack by place, the environments in which equal runs have results.
 
     Returns:
-        Keys of environments, None without one; empty if no run has any.
+        Keys of environments, in order; empty if no run has any.
     """
-    latest: dict[int, int] = columns(connection, _equals(runs.c.pack_id == pack_id))
-    if not latest:
+    found: dict[int, list[str]] = {}
+    environments = _equals(runs.c.id, SOURCE_PACKS.c.environment_key).where(runs.c.pack_id == pack_id)
+    for run_id, key in connection.execute(environments.distinct()):
+        found.setdefault(run_id, []).append(key)
+    if not found:
         return ()
-    environments = columns(
-        connection,
-        select(runs.c.id, packs.c.environment_key)
-        .join(packs, packs.c.id == runs.c.pack_id)
-        .where(runs.c.id.in_(set(latest.values()))),
-    )
     places = connection.scalars(
         select(runs.c.id).where(runs.c.pack_id == pack_id).order_by(runs.c.pack_index)
     )
-    return tuple(environments[latest[run_id]] if run_id in latest else None for run_id in places)
+    return tuple(tuple(sorted(found.get(run_id, ()))) for run_id in places)
 
 
 def copy(
@@ -44,13 +45,14 @@ def copy(
     """Give runs the results of equal ones; return how many of these diverged.
 
     Raises:
-        LookupError: if one of them has none any more.
+        ResultsGoneError: if one of them has none any more.
     """
-    found: dict[int, int] = columns(
-        connection, _equals(runs.c.id.in_(targets)).where(SOURCE_PACKS.c.environment_key == environment_key)
+    latest = _equals(runs.c.id, func.max(SOURCES.c.id)).where(
+        runs.c.id.in_(targets), SOURCE_PACKS.c.environment_key == environment_key
     )
+    found: dict[int, int] = columns(connection, latest.group_by(runs.c.id))
     if missing := set(targets) - found.keys():
-        raise LookupError(f"{len(missing)} equal results are gone")
+        raise ResultsGoneError(f"{len(missing)} equal results are gone")
     rows = connection.execute(select(results).where(results.c.run_id.in_(set(found.values())))).mappings()
     source = {row["run_id"]: dict(row) for row in rows}
     connection.execute(
@@ -75,19 +77,15 @@ SOURCE_PACKS = packs.alias("source_pack")
 SOURCE_SWEEPS = sweeps.alias("source_sweep")
 
 
-def _equals(which: Any) -> Select[int, int]:
-    """Select runs that fit a condition, and for each the latest equal run of its team that has a result."""
+def _equals(*what: Any) -> Select[Any, Any]:
+    """Select something of runs and the equal runs of their teams that have results."""
     return (
-        select(runs.c.id, func.max(SOURCES.c.id))
+        select(*what)
+        .select_from(runs)
         .join(sweeps, sweeps.c.id == runs.c.sweep_id)
         .join(SOURCES, SOURCES.c.config_key == runs.c.config_key)
         .join(results, results.c.run_id == SOURCES.c.id)
         .join(SOURCE_PACKS, SOURCE_PACKS.c.id == SOURCES.c.pack_id)
         .join(SOURCE_SWEEPS, SOURCE_SWEEPS.c.id == SOURCES.c.sweep_id)
-        .where(
-            which,
-            SOURCE_PACKS.c.environment_key.is_not(None),
-            SOURCE_SWEEPS.c.team_id == sweeps.c.team_id,
-        )
-        .group_by(runs.c.id)
+        .where(SOURCE_PACKS.c.environment_key.is_not(None), SOURCE_SWEEPS.c.team_id == sweeps.c.team_id)
     )

@@ -88,7 +88,6 @@ def create(
     owner = team_queries.get(connection, team)
     if idempotency_key is not None and (first := _by_key(connection, owner.id, idempotency_key, spec)):
         return first, False
-    team_queries.check_queue(connection, owner, plan.runs_total)
     sweep_id = new_id()
     now = connection.execute(select(clock())).scalar_one()
     steps = spec.training.steps
@@ -145,6 +144,7 @@ def create(
             for index, run in enumerate(pack)
         ],
     )
+    team_queries.check_queue(connection, owner.id)
     return sweep_id, True
 
 

@@ -297,7 +297,7 @@ class DeviceSpec(_Model):
         str | None,
         Field(
             max_length=63,
-            pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$",
+            pattern=LABEL,
             description="as nodes are labelled",
         ),
     ] = None

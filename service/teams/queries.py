@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select, update
 
 from service.db.engine import clock
-from service.db.tables import is_alive, packs, sweeps, teams
+from service.db.tables import has_queued, is_alive, packs, sweeps, teams
 from service.dispatch.states import PackState
 from service.errors import ConflictError, NotFoundError
 
@@ -74,26 +74,27 @@ def put(
     return get(connection, name)
 
 
-def check_queue(connection: Connection, team: TeamRow, more: int) -> None:
-    """Refuse runs beyond a team's quota.
+def check_queue(connection: Connection, team_id: int) -> None:
+    """Refuse what was queued in this transaction if more runs wait now than the team may have.
+
+    To be called last: the team stays locked until the commit, so that two do not both take the last room.
 
     Raises:
-        ConflictError: if so many more would wait than it may have.
+        ConflictError: if that is so.
     """
-    if team.max_queued_runs is None:
+    most = connection.execute(select(teams.c.max_queued_runs).where(teams.c.id == team_id)).scalar_one()
+    if most is None:
         return
-    # One submission after the other, so that two do not both take the last room.
-    connection.execute(select(teams.c.id).where(teams.c.id == team.id).with_for_update())
+    name = connection.execute(
+        select(teams.c.name).where(teams.c.id == team_id).with_for_update()
+    ).scalar_one()
     waiting = connection.execute(
         select(func.coalesce(func.sum(packs.c.runs_total), 0))
         .join(sweeps, sweeps.c.id == packs.c.sweep_id)
-        .where(sweeps.c.team_id == team.id, packs.c.state == PackState.QUEUED)
+        .where(sweeps.c.team_id == team_id, has_queued, packs.c.state == PackState.QUEUED)
     ).scalar_one()
-    if waiting + more > team.max_queued_runs:
-        raise ConflictError(
-            f"team {team.name} may have {team.max_queued_runs} runs waiting; "
-            f"{waiting} wait now, and this sweep has {more}"
-        )
+    if waiting > most:
+        raise ConflictError(f"team {name} may have {most} runs waiting; with these there would be {waiting}")
 
 
 def _with_counts() -> Any:

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from service.client import Client
-from service.db.engine import open_engine, read, write
+from service.db.engine import columns, open_engine, read, write
 from service.db.tables import attempts, packs
 from tests.chaos.conftest import postgresql_database
 from tests.chaos.scale import IS_FULL, SCALE, TIMEOUT_S
@@ -95,7 +95,7 @@ def tries(running: Running, sweep_id: str) -> dict[str, int]:
     engine = open_engine(running.database)
     with read(engine) as connection:
         query = select(attempts.c.outcome, func.count()).where(attempts.c.sweep_id == sweep_id)
-        found = dict(connection.execute(query.group_by(attempts.c.outcome)).tuples())
+        found: dict[str, int] = columns(connection, query.group_by(attempts.c.outcome))
     engine.dispose()
     return found
 

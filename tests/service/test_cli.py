@@ -192,10 +192,10 @@ def test_logs(
 def test_many_logs_are_cut(api: TestClient, sqlite_engine: Engine) -> None:
     sweep_id = stage.submit(sqlite_engine, "a", *["sgd"] * (main.LOGS_SHOWN + 2))
     for lease in stage.running(sqlite_engine, main.LOGS_SHOWN + 2):
-        stage.give_up(sqlite_engine, lease, "x" * 9000)
+        stage.give_up(sqlite_engine, lease, "#" * 9000)
     shown = run("logs", sweep_id)
     assert shown.count("== pack ") == main.LOGS_SHOWN
-    assert shown.count("x") == main.LOGS_SHOWN * main.LOG_EXCERPT
+    assert shown.count("#") == main.LOGS_SHOWN * main.LOG_EXCERPT
     assert shown.endswith(f"2 more packs failed: `ddpsweep packs {sweep_id} --state failed`\n")
 
 

@@ -15,10 +15,11 @@ from service.db.tables import packs, results, runs, sweeps
 from service.dispatch import leases
 from service.dispatch.loop import Dispatcher
 from service.dispatch.policy import MAX_ATTEMPTS, GiveUp, Requeue, after_failure
+from service.dispatch.states import Action
 from service.results import queries as result_queries
-from service.sweeps import queries
+from service.sweeps import actions, queries
 from tests.conftest import STORED_BEFORE
-from tests.service.helpers import ENVIRONMENT, make_ready, outcome, pack_rows, submit
+from tests.service.helpers import ENVIRONMENT, expire, make_ready, outcome, pack_rows, submit
 from workers.local import LocalExecutor
 from workers.protocol import Node, PackEvent, PackFailed, PackFinished, PackProgress, PackTask, Pool
 
@@ -306,6 +307,59 @@ def test_closing_gives_everything_back(engine: Engine, small_spec: dict[str, Any
 def test_policy_backs_off_and_gives_up() -> None:
     delays = [after_failure(k, MAX_ATTEMPTS, retryable=True) for k in range(1, MAX_ATTEMPTS)]
     assert delays == [Requeue(1.0), Requeue(2.0), Requeue(4.0), Requeue(8.0)]
-    assert after_failure(50, 99, retryable=True) == Requeue(60.0)
+    # Attempts that were stopped or given back did not fail: they have raised the most by as many.
+    assert after_failure(8, MAX_ATTEMPTS + 7, retryable=True) == Requeue(1.0)
+    assert after_failure(2000, MAX_ATTEMPTS + 1998, retryable=True) == Requeue(2.0)
+    assert after_failure(2000, 2001, retryable=True) == Requeue(8.0)
+    assert after_failure(2000, 10**6, retryable=True) == Requeue(1.0)
     assert after_failure(MAX_ATTEMPTS, MAX_ATTEMPTS, retryable=True) == GiveUp()
     assert after_failure(1, MAX_ATTEMPTS, retryable=False) == GiveUp()
+
+
+class Away:
+    """A database that cannot be reached for as long as one says so, once a dispatcher has claimed."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.away = True
+        spec_of = queries.spec_of
+
+        def refuse(connection: Any, sweep_id: str) -> Any:
+            if self.away:
+                raise OperationalError("x", {}, Exception("database is locked"))
+            return spec_of(connection, sweep_id)
+
+        monkeypatch.setattr(queries, "spec_of", refuse)
+
+
+def test_a_pack_that_was_lost_before_it_was_handed_over_is_not(
+    engine: Engine, small_spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(engine, small_spec)
+    script = Script()
+    dispatcher = Dispatcher(engine, script, "a")
+    database = Away(engine, monkeypatch)
+    dispatcher.step(0)
+    assert (script.tasks, len(dispatcher.held)) == ([], 1)
+    expire(engine)
+    with write(engine) as connection:
+        leases.reap(connection)
+    database.away = False
+    dispatcher.step(0)
+    assert [task.attempt for task in script.tasks] == [2]
+    assert [holding.lease.attempt for holding in dispatcher.held.values()] == [2]
+
+
+def test_a_pack_that_should_stop_before_it_was_handed_over_is_given_back(
+    engine: Engine, small_spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep_id = submit(engine, small_spec)
+    script = Script()
+    dispatcher = Dispatcher(engine, script, "a")
+    database = Away(engine, monkeypatch)
+    dispatcher.step(0)
+    with write(engine) as connection:
+        actions.act(connection, sweep_id, Action.CANCEL)
+    database.away = False
+    dispatcher.step(0)
+    assert (script.tasks, dispatcher.held) == ([], {})
+    assert sweep(engine, sweep_id).state == "cancelled"

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select, update
+from sqlalchemy import Engine, insert, select, update
 
 from service.db.engine import clock, read, write
 from service.db.tables import attempts, dispatchers, is_running, packs, shares, sweeps
 from service.dispatch import leases, presence, queue
-from service.dispatch.fairness import Snapshot
-from service.dispatch.loop import Dispatcher
+from service.dispatch.fairness import Snapshot, schedule
+from service.dispatch.loop import BARREN_S, Dispatcher
 from service.dispatch.states import Action
 from service.errors import ConflictError
 from service.sweeps import actions, queries
@@ -129,8 +129,8 @@ def test_a_sweep_stays_on_the_kind_of_device_of_its_first_pack(
 ) -> None:
     small_spec["seeds"] = 60  # several packs
     submit(engine, small_spec)
-    script = Script(slots=1)
-    dispatcher = Dispatcher(engine, script, "a")
+    script, now = Script(slots=1), [0.0]
+    dispatcher = Dispatcher(engine, script, "a", now=lambda: now[0])
     dispatcher.step(0)
     assert [task.pool for task in script.tasks] == [CPUS]
     script.nodes = lambda: [Node("g", "gpus", H100, 8.0)]  # type: ignore[method-assign]
@@ -139,6 +139,7 @@ def test_a_sweep_stays_on_the_kind_of_device_of_its_first_pack(
         dispatcher.step(0)
     assert len(script.tasks) == 1
     script.nodes = lambda: [*NODES, Node("g", "gpus", H100, 8.0)]  # type: ignore[method-assign]
+    now[0] += BARREN_S
     for _ in range(3):
         dispatcher.step(0)
     assert len(script.tasks) > 1
@@ -147,11 +148,12 @@ def test_a_sweep_stays_on_the_kind_of_device_of_its_first_pack(
 
 def test_a_sweep_gets_the_device_that_it_asks_for(engine: Engine, small_spec: dict[str, Any]) -> None:
     submit(engine, small_spec | {"device": {"kind": "gpu", "model": "H100"}})
-    script = Script()
-    dispatcher = Dispatcher(engine, script, "a")
+    script, now = Script(), [0.0]
+    dispatcher = Dispatcher(engine, script, "a", now=lambda: now[0])
     dispatcher.step(0)
     assert script.tasks == []
     script.nodes = lambda: [Node("g", "gpus", H100, 1.0)]  # type: ignore[method-assign]
+    now[0] += BARREN_S
     dispatcher.step(0)
     assert [task.pool for task in script.tasks] == [H100]
 
@@ -160,7 +162,7 @@ def test_quotas(engine: Engine, small_spec: dict[str, Any]) -> None:
     put_team(engine, "small", max_devices=1.0, max_queued_runs=40)
     for _ in range(2):
         submit(engine, small_spec, team="small")
-    with pytest.raises(ConflictError, match=r"may have 40 runs waiting; 36 wait now, and this sweep has 18"):
+    with pytest.raises(ConflictError, match="may have 40 runs waiting; with these there would be 54"):
         submit(engine, small_spec, team="small")
     script = Script()
     dispatcher = Dispatcher(engine, script, "a")
@@ -350,3 +352,53 @@ def test_the_queue_is_read_by_its_indexes(sqlite_engine: Engine) -> None:
         with read(sqlite_engine) as connection:
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}").all()
         assert index in str(plan)
+
+
+def test_a_correction_between_look_and_charge_is_kept(engine: Engine, small_spec: dict[str, Any]) -> None:
+    """Two dispatchers of a PostgreSQL: one closes an attempt while the other one decides."""
+    for _ in range(2):
+        submit(engine, small_spec)
+    with write(engine) as connection:
+        connection.execute(insert(shares).values(team_id=1, pool=CPUS.key(), virtual_time=100.0))
+    seen = look(engine)
+    decision = schedule(seen)
+    charged = decision.team_times["default", CPUS] - 100.0
+    with write(engine) as connection:
+        connection.execute(update(shares).values(virtual_time=shares.c.virtual_time + 3540.0))
+        queue.charge(connection, seen, decision)
+        (time,) = connection.scalars(select(shares.c.virtual_time))
+    assert time == pytest.approx(100.0 + 3540.0 + charged)
+
+
+def test_a_sweep_that_was_paused_was_kept_waiting_by_nobody(
+    engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    sweep_id = submit(engine, small_spec)
+    with write(engine) as connection:
+        actions.act(connection, sweep_id, Action.PAUSE)
+        connection.execute(update(sweeps).values(created_at=clock() - 10**6, ready_at=clock() - 10**6))
+        connection.execute(update(packs).values(not_before=clock() - 10**6))
+        actions.act(connection, sweep_id, Action.RESUME)
+    (waiting,) = look(engine).waiting
+    assert waiting.waited < 60
+
+
+def test_a_retry_is_bounded_by_the_quota(engine: Engine, small_spec: dict[str, Any]) -> None:
+    put_team(engine, "small", max_queued_runs=20)
+    first = submit(engine, small_spec, team="small")
+    with write(engine) as connection:
+        actions.act(connection, first, Action.CANCEL)
+    submit(engine, small_spec, team="small")
+    with pytest.raises(ConflictError, match="may have 20 runs waiting"), write(engine) as connection:
+        actions.act(connection, first, Action.RETRY)
+    with read(engine) as connection:
+        assert queries.get(connection, first).state == "cancelled"
+
+
+def test_only_what_an_attempt_trains_is_counted(engine: Engine, small_spec: dict[str, Any]) -> None:
+    submit(engine, small_spec)
+    with write(engine) as connection:
+        (lease,) = claim(connection, "a", 1)
+        leases.progress(connection, lease, 0, trained=5)
+        leases.stopped(connection, lease, step=3)
+        assert connection.execute(select(attempts.c.run_steps)).scalar_one() == 5 * 3

@@ -15,6 +15,7 @@ from service.dispatch import leases
 from service.dispatch.loop import Dispatcher
 from service.results import queries as result_queries
 from service.results import reuse
+from service.results.reuse import ResultsGoneError
 from service.sweeps import queries
 from service.sweeps.documents import parse_spec
 from service.sweeps.expand import expand
@@ -154,9 +155,26 @@ def test_results_of_another_environment_are_not_taken(
     submit(engine, small_spec)
     with write(engine) as connection:
         (lease,) = claim(connection, "a", 1)
-        assert reuse.candidates(connection, lease.pack_id) == (other.key(),) * RUNS
-    with write(engine) as connection, pytest.raises(LookupError, match="18 equal results are gone"):
+        assert reuse.candidates(connection, lease.pack_id) == ((other.key(),),) * RUNS
+    with write(engine) as connection, pytest.raises(ResultsGoneError, match="18 equal results are gone"):
         leases.finish(connection, lease, (), ENVIRONMENT, range(RUNS))
+
+
+def test_results_of_every_environment_are_offered(engine: Engine, small_spec: dict[str, Any]) -> None:
+    """A team with two kinds of processors trains once on each."""
+    others = [ENVIRONMENT, replace(ENVIRONMENT, device="another CPU")]
+    for environment in others:
+        submit(engine, small_spec)
+        with write(engine) as connection:
+            (lease,) = claim(connection, "a", 1)
+            leases.finish(connection, lease, outcome(RUNS), environment)
+    sweep_id = submit(engine, small_spec)
+    with write(engine) as connection:
+        (lease,) = claim(connection, "a", 1)
+        offered = reuse.candidates(connection, lease.pack_id)
+        assert offered == (tuple(sorted(one.key() for one in others)),) * RUNS
+        leases.finish(connection, lease, (), ENVIRONMENT, range(RUNS))
+    assert sweep(engine, sweep_id).runs_reused == RUNS
 
 
 def test_diverged_results_are_results(engine: Engine, small_spec: dict[str, Any]) -> None:

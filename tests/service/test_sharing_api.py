@@ -100,7 +100,7 @@ def test_teams(client: TestClient, small_spec: dict[str, Any]) -> None:
     assert client.get(f"{TEAMS}/physics").json()["packs_queued"] == 1
     refused = client.post(SWEEPS, params={"team": "physics"}, json=small_spec)
     assert refused.status_code == 409
-    assert "may have 20 runs waiting; 18 wait now, and this sweep has 18" in refused.json()["detail"]
+    assert "may have 20 runs waiting; with these there would be 36" in refused.json()["detail"]
     assert client.post(SWEEPS, params={"team": "chemistry"}, json=small_spec).status_code == 404
     assert client.get(f"{TEAMS}/chemistry").status_code == 404
 

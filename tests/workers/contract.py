@@ -43,7 +43,7 @@ class ExecutorContract:
         assert isinstance(started, PackStarted)
         assert (started.pack_id, started.attempt) == (7, 3)
         assert started.node in {node.name for node in executor.nodes()}
-        assert progress_of(progress) == [PackProgress(7, 3, step, 10, 3) for step in (0, 5, 10)]
+        assert progress_of(progress) == [PackProgress(7, 3, step, 10, 3, 3) for step in (0, 5, 10)]
         assert len(progress) == 3
         assert isinstance(finished, PackFinished)
         assert (finished.pack_id, finished.attempt, finished.reused) == (7, 3, ())
@@ -132,16 +132,16 @@ class ExecutorContract:
         *_, finished = collect(executor, ends=1)
         assert isinstance(finished, PackFinished)
         key = finished.environment.key()
-        executor.submit(replace(one, attempt=2, known=(None, key, "0" * 64)))
+        executor.submit(replace(one, attempt=2, known=((), ("1" * 64, key), ("0" * 64,))))
         started, *progress, partly = collect(executor, ends=1)
         assert isinstance(started, PackStarted)
-        assert progress_of(progress) == [PackProgress(9, 2, step, 10, 2) for step in (0, 5, 10)]
+        assert progress_of(progress) == [PackProgress(9, 2, step, 10, 2, 2) for step in (0, 5, 10)]
         assert isinstance(partly, PackFinished)
         assert partly.reused == (1,)
         assert [result.index for result in partly.results] == [0, 2]
         trained = all_bits(finished.results)
         assert [bits(result) for result in partly.results] == [trained[0], trained[2]]
-        executor.submit(replace(one, attempt=3, known=(key,) * 3))
+        executor.submit(replace(one, attempt=3, known=((key,),) * 3))
         started, last = collect(executor, ends=1)
         assert isinstance(started, PackStarted)
         assert isinstance(last, PackFinished)

@@ -352,7 +352,7 @@ def test_what_one_actor_began_another_ends(actor, tmp_path):
     assert len([*(tmp_path / "states").iterdir()]) == 1
     again = replace(one, attempt=2)
     _, *progress, finished = actor().train(again)
-    assert progress == [PackProgress(one.pack_id, 2, step, 20, 3) for step in (10, 15, 20)]
+    assert progress == [PackProgress(one.pack_id, 2, step, 20, 3, 3) for step in (10, 15, 20)]
     assert isinstance(finished, PackFinished)
     assert all_bits(finished.results) == expected(one)
     assert [*(tmp_path / "states").iterdir()] == []

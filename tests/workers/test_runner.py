@@ -71,7 +71,7 @@ def test_events_in_order():
     started, *progress, finished = run_pack(one, site=Site("a node"))
     assert isinstance(finished, PackFinished)
     assert started == PackStarted(7, 3, "a node", finished.environment.device)
-    assert progress == [PackProgress(7, 3, step, 10, 3) for step in (0, 5, 10)]
+    assert progress == [PackProgress(7, 3, step, 10, 3, 3) for step in (0, 5, 10)]
     assert isinstance(finished, PackFinished)
     assert (finished.pack_id, finished.attempt) == (7, 3)
     assert all_bits(finished.results) == expected(one)
@@ -214,7 +214,7 @@ def test_an_actor_stops_the_attempt_that_it_is_asked_to_and_no_other(tmp_path):
 
 
 def test_what_is_known_under_another_key_is_trained():
-    *_, finished = run_pack(replace(task(), known=("0" * 64, None, "1" * 64)))
+    *_, finished = run_pack(replace(task(), known=(("0" * 64,), (), ("1" * 64, "2" * 64))))
     assert isinstance(finished, PackFinished)
     assert finished.reused == ()
     assert all_bits(finished.results) == expected(task())
@@ -234,7 +234,7 @@ def test_on_a_gpu_a_pack_is_reused_as_a_whole_or_not_at_all(known, device, monke
     assert first.environment.device == f"a {device}"
     key = first.environment.key()
     *_, finished = run_pack(
-        replace(task(), known=tuple(key if one else None for one in known)), site=Site(device=device)
+        replace(task(), known=tuple((key,) if one else () for one in known)), site=Site(device=device)
     )
     assert isinstance(finished, PackFinished)
     reused = () if device == "cuda" and not all(known) else tuple(np.flatnonzero(known).tolist())
@@ -257,7 +257,7 @@ def test_a_pack_says_what_it_does(tmp_path, caplog):
     assert "goes on from its state at step " in caplog.text
     assert "done after " in caplog.text
     caplog.clear()
-    list(run_pack(replace(one, known=(finished.environment.key(), None, None))))
+    list(run_pack(replace(one, known=((finished.environment.key(),), (), ()))))
     assert "2 runs on wine for 20 steps, 1 more are known already" in caplog.text
 
 
