@@ -32,6 +32,7 @@ from service.dispatch.leases import Lease
 from service.dispatch.policy import MAX_ATTEMPTS
 from service.dispatch.states import Action, PackState, SweepState, Wanted, sweep_state, wanted_after
 from service.errors import ConflictError
+from service.results.reuse import ResultsGoneError
 from service.sweeps import actions, queries
 from service.sweeps.documents import parse_spec
 from service.sweeps.expand import Plan, expand
@@ -228,7 +229,7 @@ class LeaseMachine(RuleBasedStateMachine):
         try:
             with write(self.engine) as connection:
                 accepted = leases.finish(connection, lease, outcome, ENVIRONMENT, reused)
-        except LookupError:
+        except ResultsGoneError:
             assert self.is_live(lease)
             assert reused
             assert not twins
@@ -331,7 +332,7 @@ class LeaseMachine(RuleBasedStateMachine):
         everything = [pack for _, pack in self.packs()]
         pack = everything[number % len(everything)]
         with write(self.engine) as connection:
-            queue.charge(connection, Decision((), (pack.id,), {}, {}))
+            queue.preempt(connection, Decision((), (pack.id,), {}, {}))
         pack.preempted |= pack.state == R
 
     @precondition(some_run)
