@@ -125,7 +125,8 @@ def steps_done(client: Client, sweep_id: str) -> int:
 @pytest.mark.parametrize("part", ["gcs_server", "raylet"])
 def test_kill_a_part_of_ray_in_mid_sweep(fragile_service: Running, part: str) -> None:
     with Client(fragile_service.url) as client:
-        sweep_id = submit(client)
+        # Long enough to be in the middle of it when the loss is noticed: packs train on until then.
+        sweep_id = submit(client, training=SPEC["training"] | {"steps": 40_000, "eval_every": 500})
         wait_until_training(fragile_service, sweep_id)
         dispatcher = fragile_service.child("dispatcher")
         (victim,) = [pid for pid in descendants(dispatcher) if executable(pid) == part]
