@@ -133,14 +133,14 @@ def claim(engine: Engine) -> tuple[float, list[leases.Lease]]:
     """Claim as a dispatcher does; return the seconds that it took, and the leases."""
     start = time.perf_counter()
     with write(engine) as connection:
-        times = queue.lock(connection)
-        decision = schedule(queue.snapshot(connection, "here", NODES, virtual_times=times))
+        seen = queue.snapshot(connection, "here", NODES, virtual_times=queue.lock(connection))
+        decision = schedule(seen)
         found = [
             lease
             for c in decision.claims
             for lease in leases.claim(connection, "a", "here", c.sweep_id, c.packs, c.pool, c.charged)
         ]
-        queue.charge(connection, decision)
+        queue.charge(connection, seen, decision)
     return time.perf_counter() - start, found
 
 
