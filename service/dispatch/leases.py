@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, insert, null, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, insert, null, select, update
 
 from ddpnopt.config import Method
 from ddpnopt.results import METRICS, RunResult
@@ -92,6 +92,30 @@ def claim(
         pool: of that cluster.
         charged: seconds that each attempt's team is charged for beforehand, for `_close` to correct.
     """
+    rows = _take(connection, owner, sweep_id, limit)
+    if not rows:
+        return []
+    sweep = connection.execute(
+        update(sweeps)
+        .where(sweeps.c.id == sweep_id)
+        .values(
+            started_at=func.coalesce(sweeps.c.started_at, clock()),
+            served_at=clock(),
+            device_kind=func.coalesce(sweeps.c.device_kind, pool.kind),
+            device_model=func.coalesce(sweeps.c.device_model, pool.model),
+        )
+        .returning(sweeps.c.team_id, sweeps.c.pack_share)
+    ).one()
+    found = [Lease(row.id, sweep_id, row.attempt, row.max_attempts, sweep.pack_share) for row in rows]
+    found.sort(key=lambda lease: lease.pack_id)
+    shared = {"team_id": sweep.team_id, "owner": owner, "cluster": cluster, "pool": pool.key()}
+    _open(connection, found, charged=charged, **shared)
+    settle(connection, sweep_id)
+    return found
+
+
+def _take(connection: Connection, owner: str, sweep_id: str, limit: int) -> Sequence[Row[Any]]:
+    """Turn queued packs of a sweep that may run into running ones."""
     ready = (
         select(packs.c.id)
         .where(
@@ -106,7 +130,7 @@ def claim(
         .with_for_update(skip_locked=True, of=packs)
         .cte("ready")
     )
-    rows = connection.execute(
+    return connection.execute(
         update(packs)
         .where(packs.c.id.in_(select(ready.c.id)))
         .values(
@@ -118,48 +142,28 @@ def claim(
             step=0,
             started_at=func.coalesce(packs.c.started_at, clock()),
         )
-        .returning(packs.c.id, packs.c.sweep_id, packs.c.attempt, packs.c.max_attempts)
+        .returning(packs.c.id, packs.c.attempt, packs.c.max_attempts)
     ).all()
-    if not rows:
-        return []
-    sweep = connection.execute(
-        update(sweeps)
-        .where(sweeps.c.id == sweep_id)
-        .values(
-            started_at=func.coalesce(sweeps.c.started_at, clock()),
-            served_at=clock(),
-            device_kind=func.coalesce(sweeps.c.device_kind, pool.kind),
-            device_model=func.coalesce(sweeps.c.device_model, pool.model),
-        )
-        .returning(sweeps.c.team_id, sweeps.c.pack_share)
-    ).one()
-    weight = connection.execute(select(teams.c.weight).where(teams.c.id == sweep.team_id)).scalar_one()
+
+
+def _open(connection: Connection, claimed: Sequence[Lease], *, team_id: int, **shared: Any) -> None:
+    """Enter new attempts of a team into the ledger."""
+    weight = connection.execute(select(teams.c.weight).where(teams.c.id == team_id)).scalar_one()
+    shared |= {"team_id": team_id, "weight": weight, "claimed_at": _now(connection)}
+    shared |= {"outcome": "running", "device_seconds": 0.0, "run_steps": 0, "log": ""}
     connection.execute(
         insert(attempts),
         [
             {
-                "pack_id": row.id,
-                "attempt": row.attempt,
-                "sweep_id": sweep_id,
-                "team_id": sweep.team_id,
-                "owner": owner,
-                "cluster": cluster,
-                "pool": pool.key(),
-                "share": sweep.pack_share,
-                "charged": charged,
-                "weight": weight,
-                "claimed_at": _now(connection),
-                "outcome": "running",
-                "device_seconds": 0.0,
-                "run_steps": 0,
-                "log": "",
+                "pack_id": lease.pack_id,
+                "attempt": lease.attempt,
+                "sweep_id": lease.sweep_id,
+                "share": lease.share,
+                **shared,
             }
-            for row in rows
+            for lease in claimed
         ],
     )
-    settle(connection, sweep_id)
-    found = (Lease(row.id, row.sweep_id, row.attempt, row.max_attempts, sweep.pack_share) for row in rows)
-    return sorted(found, key=lambda lease: lease.pack_id)
 
 
 def renew(connection: Connection, owner: str) -> None:

@@ -147,10 +147,8 @@ def clusters_are_refused() -> None:
     from workers.ray_executor import RayExecutor
 
     def refused(address: str) -> str:
-        started = time.monotonic()
         with pytest.raises(ConnectionError) as caught:
-            RayExecutor(address)
-        assert time.monotonic() - started < 15  # Ray itself would try for minutes
+            RayExecutor(address)  # Ray itself would try for minutes, and this script has fewer
         assert address in str(caught.value)
         return namespace.one_line(caught.value)
 
