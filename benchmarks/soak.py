@@ -89,12 +89,21 @@ class Family:
             "dispatcher": [],
             "workers": [],
         }
-        for pid, parent, command in processes():
+        running = {pid: (parent, command) for pid, parent, command in processes()}
+        for pid, (parent, command) in running.items():
             if parent == self.supervisor and "service.processes" in command:
                 found["API" if "api" in command else "dispatcher"].append(pid)
-            elif command[0].startswith("ray::PackActor"):
+            elif command[0].startswith("ray::PackActor") and self._descends(pid, running):
                 found["workers"].append(pid)
         return found
+
+    def _descends(self, pid: int, running: dict[int, tuple[int, list[str]]]) -> bool:
+        """Tell whether a process descends from the supervisor."""
+        while pid in running:
+            pid = running[pid][0]
+            if pid == self.supervisor:
+                return True
+        return False
 
     def memory(self) -> dict[str, float]:
         """Return the resident MiB by role; that of the workers is their mean."""

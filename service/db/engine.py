@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Select, create_engine, event
+from sqlalchemy import (
+    ARRAY,
+    URL,
+    Connection,
+    Engine,
+    Select,
+    Table,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.compiler import compiles
@@ -159,6 +172,23 @@ def migrate(engine: Engine) -> Iterator[Connection]:
 def columns(connection: Connection, query: Select[K, V]) -> dict[K, V]:
     """Return a query of two columns as a dictionary from the first to the second."""
     return {key: value for key, value in connection.execute(query)}  # noqa: C416 - for its types
+
+
+def insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, all of the same columns, none of which is JSON.
+
+    In one statement on PostgreSQL, of an array for each column: a statement for each row takes the driver
+    several times as long.
+    """
+    if not rows:
+        return
+    if connection.dialect.name != "postgresql":
+        connection.execute(insert(table), rows)
+        return
+    names = list(rows[0])
+    arrays = [func.unnest(bindparam(name, type_=ARRAY(table.c[name].type))) for name in names]
+    statement = insert(table).from_select(names, select(*arrays), include_defaults=False)
+    connection.execute(statement, {name: [row[name] for row in rows] for name in names})
 
 
 def storable(text: str) -> str:

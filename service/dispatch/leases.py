@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func,
 
 from ddpnopt.config import Method
 from ddpnopt.results import METRICS, RunResult
-from service.db.engine import clock, columns
+from service.db.engine import clock, columns, insert_many
 from service.db.tables import attempts, curves, grids, is_running, packs, results, runs, shares, sweeps, teams
 from service.dispatch import fairness
 from service.dispatch.states import SWEEPS_OVER, PackState, Wanted, sweep_state
@@ -263,16 +263,16 @@ def finish(
         return False
     ids = columns(connection, select(runs.c.pack_index, runs.c.id).where(runs.c.pack_id == lease.pack_id))
     now = _now(connection)
-    if outcome:
-        connection.execute(insert(results), [_result_row(ids[r.index], lease, r, now) for r in outcome])
-        connection.execute(
-            insert(curves),
-            [
-                {"run_id": ids[r.index], "metric": name, "points": points.astype("<f4").tobytes()}
-                for r in outcome
-                for name, points in r.curves.items()
-            ],
-        )
+    insert_many(connection, results, [_result_row(ids[r.index], lease, r, now) for r in outcome])
+    insert_many(
+        connection,
+        curves,
+        [
+            {"run_id": ids[r.index], "metric": name, "points": points.astype("<f4").tobytes()}
+            for r in outcome
+            for name, points in r.curves.items()
+        ],
+    )
     diverged = sum(result.divergence is not None for result in outcome)
     if reused:
         targets = [ids[place] for place in reused]

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Select, func, insert, select
+from sqlalchemy import Connection, Select, func, select
 
-from service.db.engine import columns
+from service.db.engine import columns, insert_many
 from service.db.tables import curves, packs, results, runs, sweeps
 
 
@@ -55,15 +55,17 @@ def copy(
         raise ResultsGoneError(f"{len(missing)} equal results are gone")
     rows = connection.execute(select(results).where(results.c.run_id.in_(set(found.values())))).mappings()
     source = {row["run_id"]: dict(row) for row in rows}
-    connection.execute(
-        insert(results), [_copied(source[found[run_id]], run_id, attempt, now) for run_id in targets]
+    insert_many(
+        connection, results, [_copied(source[found[run_id]], run_id, attempt, now) for run_id in targets]
     )
     points: dict[int, list[dict[str, Any]]] = {}
     for row in connection.execute(select(curves).where(curves.c.run_id.in_(source))).mappings():
         points.setdefault(row["run_id"], []).append(dict(row))
-    rows_of_curves = [row | {"run_id": run_id} for run_id in targets for row in points.get(found[run_id], ())]
-    if rows_of_curves:
-        connection.execute(insert(curves), rows_of_curves)
+    insert_many(
+        connection,
+        curves,
+        [row | {"run_id": run_id} for run_id in targets for row in points.get(found[run_id], ())],
+    )
     return sum(source[found[run_id]]["state"] == "diverged" for run_id in targets)
 
 

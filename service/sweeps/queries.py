@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from sqlalchemy import Connection, Row, Select, and_, func, insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from service.auth.roles import DEFAULT_TEAM
-from service.db.engine import clock, columns
+from service.db.engine import clock, columns, insert_many
 from service.db.tables import grids, packs, runs, sweeps, teams
 from service.dispatch.policy import MAX_ATTEMPTS
 from service.dispatch.states import PackState, SweepState, Wanted
@@ -90,60 +91,17 @@ def create(
         return first, False
     sweep_id = new_id()
     now = connection.execute(select(clock())).scalar_one()
-    steps = spec.training.steps
     try:
         with connection.begin_nested():
-            connection.execute(
-                insert(sweeps).values(
-                    id=sweep_id,
-                    team_id=owner.id,
-                    name=spec.name,
-                    wanted=Wanted.RUN,
-                    state=SweepState.QUEUED,
-                    priority=spec.priority,
-                    device_kind=spec.device.kind,
-                    device_model=spec.device.model,
-                    pack_seconds=plan.seconds / len(plan.packs),
-                    pack_share=plan.share,
-                    packs_queued=len(plan.packs),
-                    packs_running=0,
-                    ready_at=now,
-                    device_seconds=0.0,
-                    run_steps_trained=0,
-                    runs_reused=0,
-                    spec=spec.model_dump(mode="json"),
-                    idempotency_key=idempotency_key,
-                    runs_total=plan.runs_total,
-                    run_steps_total=plan.runs_total * steps,
-                    created_at=now,
-                )
-            )
+            _insert_sweep(connection, sweep_id, owner.id, spec, plan, idempotency_key, now)
     except IntegrityError:
         # Another request with this key came first.
         if idempotency_key is not None and (first := _by_key(connection, owner.id, idempotency_key, spec)):
             return first, False
         raise
     grid_ids = _insert_grids(connection, sweep_id, spec)
-    pack_ids = _insert_packs(connection, sweep_id, plan, steps, now)
-    key_of = keys_of(spec)
-    connection.execute(
-        insert(runs),
-        [
-            {
-                "sweep_id": sweep_id,
-                "grid_id": grid_ids[run.grid],
-                "pack_id": pack_ids[position],
-                "pack_index": index,
-                "method": run.method,
-                "learning_rate": run.learning_rate,
-                "vxx_reg": run.vxx_reg,
-                "seed": run.seed,
-                "config_key": key_of(run),
-            }
-            for position, pack in enumerate(plan.packs)
-            for index, run in enumerate(pack)
-        ],
-    )
+    pack_ids = _insert_packs(connection, sweep_id, spec, plan, now)
+    _insert_runs(connection, sweep_id, spec, plan, grid_ids, pack_ids)
     team_queries.check_queue(connection, owner.id)
     return sweep_id, True
 
@@ -167,41 +125,102 @@ def _means(document: dict[str, Any], spec: SweepSpec) -> bool:
         return False
 
 
-def _insert_grids(connection: Connection, sweep_id: str, spec: SweepSpec) -> dict[int, int]:
+def _insert_sweep(
+    connection: Connection,
+    sweep_id: str,
+    team_id: int,
+    spec: SweepSpec,
+    plan: Plan,
+    idempotency_key: str | None,
+    now: float,
+) -> None:
     connection.execute(
-        insert(grids),
-        [
-            {"sweep_id": sweep_id, "position": position, "baseline": grid.baseline}
-            for position, grid in enumerate(spec.grids)
-        ],
+        insert(sweeps).values(
+            id=sweep_id,
+            team_id=team_id,
+            name=spec.name,
+            wanted=Wanted.RUN,
+            state=SweepState.QUEUED,
+            priority=spec.priority,
+            device_kind=spec.device.kind,
+            device_model=spec.device.model,
+            pack_seconds=plan.seconds / len(plan.packs),
+            pack_share=plan.share,
+            packs_queued=len(plan.packs),
+            packs_running=0,
+            ready_at=now,
+            device_seconds=0.0,
+            run_steps_trained=0,
+            runs_reused=0,
+            spec=spec.model_dump(mode="json"),
+            idempotency_key=idempotency_key,
+            runs_total=plan.runs_total,
+            run_steps_total=plan.runs_total * spec.training.steps,
+            created_at=now,
+        )
     )
+
+
+def _insert_grids(connection: Connection, sweep_id: str, spec: SweepSpec) -> dict[int, int]:
+    """Return the grids' ids by position."""
+    rows = [
+        {"sweep_id": sweep_id, "position": position, "baseline": grid.baseline}
+        for position, grid in enumerate(spec.grids)
+    ]
+    insert_many(connection, grids, rows)
     return columns(connection, select(grids.c.position, grids.c.id).where(grids.c.sweep_id == sweep_id))
 
 
 def _insert_packs(
-    connection: Connection, sweep_id: str, plan: Plan, steps: int, now: float
+    connection: Connection, sweep_id: str, spec: SweepSpec, plan: Plan, now: float
 ) -> dict[int, int]:
-    connection.execute(
-        insert(packs),
-        [
-            {
-                "sweep_id": sweep_id,
-                "position": position,
-                "state": PackState.QUEUED,
-                "attempt": 0,
-                "max_attempts": MAX_ATTEMPTS,
-                "not_before": now,
-                "preempted": False,
-                "runs_total": len(pack),
-                "seconds": plan.pack_seconds[position],
-                "steps": steps,
-                "step": 0,
-                "runs_diverged": 0,
-            }
-            for position, pack in enumerate(plan.packs)
-        ],
-    )
+    """Return the packs' ids by position."""
+    rows = [
+        {
+            "sweep_id": sweep_id,
+            "position": position,
+            "state": PackState.QUEUED,
+            "attempt": 0,
+            "max_attempts": MAX_ATTEMPTS,
+            "not_before": now,
+            "preempted": False,
+            "runs_total": len(pack),
+            "seconds": plan.pack_seconds[position],
+            "steps": spec.training.steps,
+            "step": 0,
+            "runs_diverged": 0,
+        }
+        for position, pack in enumerate(plan.packs)
+    ]
+    insert_many(connection, packs, rows)
     return columns(connection, select(packs.c.position, packs.c.id).where(packs.c.sweep_id == sweep_id))
+
+
+def _insert_runs(
+    connection: Connection,
+    sweep_id: str,
+    spec: SweepSpec,
+    plan: Plan,
+    grid_ids: Mapping[int, int],
+    pack_ids: Mapping[int, int],
+) -> None:
+    key_of = keys_of(spec)
+    rows = [
+        {
+            "sweep_id": sweep_id,
+            "grid_id": grid_ids[run.grid],
+            "pack_id": pack_ids[position],
+            "pack_index": index,
+            "method": run.method,
+            "learning_rate": run.learning_rate,
+            "vxx_reg": run.vxx_reg,
+            "seed": run.seed,
+            "config_key": key_of(run),
+        }
+        for position, pack in enumerate(plan.packs)
+        for index, run in enumerate(pack)
+    ]
+    insert_many(connection, runs, rows)
 
 
 def an_id(text: str) -> str:

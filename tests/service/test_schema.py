@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Engine, inspect, text
+from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
 from service.config import Settings
 from service.db import schema
-from service.db.engine import clock, is_transient, migrate, open_engine, read, sqlite_module, write
-from service.db.tables import metadata
+from service.db.engine import (
+    clock,
+    insert_many,
+    is_transient,
+    migrate,
+    open_engine,
+    read,
+    sqlite_module,
+    write,
+)
+from service.db.tables import metadata, runs
 from service.errors import SetupError
+from tests.service.helpers import submit
 
 
 def test_the_migrations_make_the_declared_tables(engine: Engine) -> None:
@@ -145,3 +156,21 @@ class CodedError(Exception):
 )
 def test_which_errors_may_pass_by_themselves(error: DBAPIError, transient: bool) -> None:
     assert is_transient(error) == transient
+
+
+def test_many_rows_are_inserted_in_their_order(engine: Engine, small_spec: dict[str, Any]) -> None:
+    sweep_id = submit(engine, small_spec)
+    with write(engine) as connection:
+        some = connection.execute(select(runs).where(runs.c.sweep_id == sweep_id)).mappings().all()
+        first = {key: value for key, value in some[0].items() if key != "id"}
+        wanted = [
+            first | {"pack_index": 100, "config_key": None},
+            first
+            | {"pack_index": 102, "method": "ddpnopt", "vxx_reg": 0.1 + 0.2, "config_key": b"\x00\xff'\\"},
+            first | {"pack_index": 101, "vxx_reg": 5e-324, "seed": 2**63 - 1, "method": "a'b\\c{},\"d"},
+        ]
+        insert_many(connection, runs, wanted)
+        insert_many(connection, runs, [])
+        stored = select(runs).where(runs.c.pack_index >= 100).order_by(runs.c.id)
+        found = connection.execute(stored).mappings().all()
+    assert [{key: value for key, value in row.items() if key != "id"} for row in found] == wanted
