@@ -32,6 +32,7 @@ class Settings(BaseSettings):
         slots: packs at once on a private Ray; unset takes every CPU. Packs are planned for as many.
         pack_memory: bytes that a pack may take. Unset, packs are planned for a slot's share of three quarters
             of what this machine has; workers of a private Ray take no more, those of a cluster what there is.
+        gpus: of this machine; with any, a private Ray trains on these alone, and packs are planned for them.
         gpu_memory: bytes of each GPU; packs for GPUs are planned for three quarters of them.
         backlog: packs that wait in Ray beyond the devices, so that an autoscaler sees demand.
         checkpoints: folder that all workers see, where packs that train for long keep their state; unset is
@@ -51,6 +52,7 @@ class Settings(BaseSettings):
     ray_address: str | None = None
     slots: int | None = Field(default=None, ge=1, le=10_000)
     pack_memory: int | None = Field(default=None, ge=64 * 2**20)
+    gpus: int = Field(default=0, ge=0, le=1000)
     gpu_memory: int = Field(default=16 * 2**30, ge=2**30)
     backlog: int = Field(default=0, ge=0, le=1000)
     checkpoints: Path | None = None
@@ -74,7 +76,9 @@ class Settings(BaseSettings):
         return Device("cpu", slots, int(MEMORY_SHARE * physical))
 
     def device_for(self, kind: DeviceKind | None) -> Device:
-        """Return what the packs of a sweep are planned for that asks for a kind of device."""
+        """Return what the packs of a sweep are planned for that asks for a kind of device, or for none."""
+        if kind is None:
+            kind = "gpu" if self.gpus else "cpu"
         return Device("gpu", 1, int(MEMORY_SHARE * self.gpu_memory)) if kind == "gpu" else self.machine()
 
     def worker_memory(self) -> int | None:

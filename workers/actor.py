@@ -62,7 +62,7 @@ class PackActor:
             library("float32")  # compiled now, if it has to be, and not when the first pack is there
             if options.memory is not None:
                 memory.limit(options.memory)
-        elif share < 1:
+        elif share < 1 and torch.cuda.is_available():  # if not, its packs say so
             torch.cuda.set_per_process_memory_fraction(share)
 
     def ping(self) -> None:

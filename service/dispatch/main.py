@@ -58,7 +58,9 @@ def _executor(settings: Settings) -> RayExecutor:
         checkpoint_every=settings.checkpoint_every,
     )
     try:
-        return RayExecutor(settings.ray_address, settings.slots, options, backlog=settings.backlog)
+        return RayExecutor(
+            settings.ray_address, settings.slots, options, backlog=settings.backlog, gpus=settings.gpus
+        )
     except CannotJoinError as error:
         raise SetupError(str(error)) from error
     except ConnectionError as error:
