@@ -80,6 +80,7 @@ class PackTask:
         runs: what to train together; a result's `index` is a place in it.
         pool: where to train; None leaves it to the executor.
         share: of a device that the pack needs: 1, or a fraction of a GPU.
+        name: that people know the pack by: its sweep and its position in it.
         known: for each run the `Environment.key`s under which equal results are recorded; empty if there are
             none at all. A worker whose own key is among them does not train the run again.
     """
@@ -90,6 +91,10 @@ class PackTask:
     pool: Pool | None = None
     share: float = 1.0
     known: tuple[tuple[str, ...], ...] = ()
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"pack {self.name or self.pack_id}, attempt {self.attempt}"
 
 
 @dataclass(frozen=True, slots=True)

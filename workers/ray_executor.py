@@ -189,7 +189,7 @@ class RayExecutor:
         return event
 
     def _worker_lost(self, attempt: _Attempt, error: Exception) -> LastEvent:
-        log.warning("pack %d, attempt %d: the worker was lost: %r", *attempt.key, error)
+        log.warning("%s: the worker was lost: %r", attempt.task, error)
         self._end(attempt)
         if attempt.stop_by is not None:
             return PackStopped(*attempt.key, kept=False)
@@ -215,7 +215,7 @@ class RayExecutor:
         now = time.monotonic()
         late = [one for one in self._attempts.values() if one.stop_by is not None and one.stop_by <= now]
         for attempt in late:
-            log.warning("pack %d, attempt %d does not stop: it is killed", *attempt.key)
+            log.warning("%s does not stop: it is killed", attempt.task)
             self._end(attempt)
         return [PackStopped(*attempt.key, kept=False) for attempt in late]
 

@@ -113,12 +113,12 @@ def _trained(
             results.append(event)
             continue
         if isinstance(event, PackStopped):
-            log.info("pack %d: stopped, its state is %s", task.pack_id, "kept" if event.kept else "lost")
+            log.info("%s: stopped, its state is %s", task, "kept" if event.kept else "lost")
         yield event
         if isinstance(event, PackStopped):
             return
     results.sort(key=lambda result: result.index)
-    log.info("pack %d: done after %.1f s", task.pack_id, time.monotonic() - started)
+    log.info("%s: done after %.1f s", task, time.monotonic() - started)
     if pieces.split and site.device != "cpu":
         environment = _of_pack(environment, f"{_composition(task)} in pieces")
     yield PackFinished(task.pack_id, task.attempt, tuple(results), environment, reused)
@@ -127,8 +127,8 @@ def _trained(
 def _announce(task: PackTask, environment: Environment, trained: int) -> None:
     first, known = task.runs[0], len(task.runs) - trained
     log.info(
-        "pack %d, attempt %d: %d runs on %s for %d steps%s; on %s, with %s",
-        *(task.pack_id, task.attempt, trained, first.dataset, first.training.steps),
+        "%s: %d runs on %s for %d steps%s; on %s, with %s",
+        *(task, trained, first.dataset, first.training.steps),
         f", {known} more are known already" if known else "",
         *(environment.device, environment.versions["kernel"]),
     )
@@ -212,9 +212,7 @@ def _in_parts(
         except (MemoryError, RuntimeError) as error:
             if not memory.is_exhausted(error) or len(piece) == 1:
                 raise
-            log.warning(
-                "pack %d: %d runs at once are too many, it is split: %s", task.pack_id, len(piece), error
-            )
+            log.warning("%s: %d runs at once are too many, it is split: %s", task, len(piece), error)
             pieces.split = True
             halves = piece.halves()
             largest = len(halves[1])
@@ -259,7 +257,7 @@ def _let_go() -> None:
 def _failed(task: PackTask, error: Exception, site: Site, *, retryable: bool) -> PackFailed:
     lines = str(error).splitlines() or [""]
     reason, detail = f"{type(error).__name__}: {lines[0]}", traceback.format_exc()[-8000:]
-    log.error("pack %d, attempt %d failed: %s", task.pack_id, task.attempt, reason)
+    log.error("%s failed: %s", task, reason)
     return PackFailed(task.pack_id, task.attempt, reason[:500], detail, retryable, site.written())
 
 

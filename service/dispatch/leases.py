@@ -36,6 +36,7 @@ class Lease:
 
     Attributes:
         share: of a device that the attempt was given.
+        position: of the pack in its sweep.
     """
 
     pack_id: int
@@ -43,6 +44,15 @@ class Lease:
     attempt: int
     max_attempts: int
     share: float = 1.0
+    position: int = 0
+
+    @property
+    def name(self) -> str:
+        """What people know the pack by."""
+        return f"{self.sweep_id}/{self.position}"
+
+    def __str__(self) -> str:
+        return f"pack {self.name}, attempt {self.attempt}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +116,9 @@ def claim(
         )
         .returning(sweeps.c.team_id, sweeps.c.pack_share)
     ).one()
-    found = [Lease(row.id, sweep_id, row.attempt, row.max_attempts, sweep.pack_share) for row in rows]
+    found = [
+        Lease(row.id, sweep_id, row.attempt, row.max_attempts, sweep.pack_share, row.position) for row in rows
+    ]
     found.sort(key=lambda lease: lease.pack_id)
     shared = {"team_id": sweep.team_id, "owner": owner, "cluster": cluster, "pool": pool.key()}
     _open(connection, found, charged=charged, **shared)
@@ -142,7 +154,7 @@ def _take(connection: Connection, owner: str, sweep_id: str, limit: int) -> Sequ
             step=0,
             started_at=func.coalesce(packs.c.started_at, clock()),
         )
-        .returning(packs.c.id, packs.c.attempt, packs.c.max_attempts)
+        .returning(packs.c.id, packs.c.attempt, packs.c.max_attempts, packs.c.position)
     ).all()
 
 

@@ -200,11 +200,11 @@ class Dispatcher:
         for pack_id, holding in list(self.held.items()):
             found = known.get(pack_id)
             if found is None or found.attempt != holding.lease.attempt:
-                log.warning("pack %d: the lease of attempt %d was lost", pack_id, holding.lease.attempt)
+                log.warning("%s: the lease was lost", holding.lease)
                 del self.held[pack_id]
                 self.executor.cancel(pack_id, holding.lease.attempt)
             elif found.stop and not holding.stopping:
-                log.info("pack %d, attempt %d: asked to stop", pack_id, holding.lease.attempt)
+                log.info("%s: asked to stop", holding.lease)
                 self._stop(holding)
 
     def _disown(self) -> None:
@@ -263,7 +263,7 @@ class Dispatcher:
         if holding.stopping:
             self._record(lease, PackStopped(lease.pack_id, lease.attempt, kept=True))
         elif task := self._task(lease, pool):
-            log.info("pack %d, attempt %d: %d runs", lease.pack_id, lease.attempt, len(task.runs))
+            log.info("%s: %d runs", lease, len(task.runs))
             self.executor.submit(task)
         else:
             del self.held[lease.pack_id]
@@ -313,12 +313,12 @@ class Dispatcher:
             )
         except (ValidationError, DDPNOptError) as error:
             # Stored by another version. It must not stand in the way of all other sweeps.
-            log.error("pack %d: this version cannot read its sweep's spec: %s", lease.pack_id, error)
+            log.error("%s: this version cannot read its sweep's spec: %s", lease, error)
             why = ("this version cannot read the sweep's spec", storable(str(error)))
             with write(self.engine) as connection:
                 leases.give_up(connection, lease, *why)
             return None
-        return PackTask(lease.pack_id, lease.attempt, configs, pool, lease.share, known)
+        return PackTask(lease.pack_id, lease.attempt, configs, pool, lease.share, known, lease.name)
 
     def _deliver(self) -> None:
         while self.outbox:
@@ -337,7 +337,7 @@ class Dispatcher:
             with write(self.engine) as connection:
                 accepted = self._write_failure(connection, lease, gone)
         if not accepted:
-            log.warning("pack %d: attempt %d is fenced off", lease.pack_id, lease.attempt)
+            log.warning("%s is fenced off", lease)
             self.executor.cancel(lease.pack_id, lease.attempt)
         if not accepted or not isinstance(event, PackStarted | PackProgress):
             del self.held[lease.pack_id]
@@ -354,13 +354,13 @@ class Dispatcher:
                 done = leases.finish(connection, lease, event.results, event.environment, event.reused, text)
                 return done or leases.is_recorded(connection, lease)
             case PackStopped():
-                log.info("pack %d, attempt %d stopped", lease.pack_id, lease.attempt)
+                log.info("%s stopped", lease)
                 return leases.stopped(connection, lease, event.step, storable(event.log))
             case PackFailed():
                 return self._write_failure(connection, lease, event)
 
     def _write_failure(self, connection: Connection, lease: Lease, event: PackFailed) -> bool:
-        log.warning("pack %d, attempt %d failed: %s", lease.pack_id, lease.attempt, event.reason)
+        log.warning("%s failed: %s", lease, event.reason)
         why = (storable(event.reason), storable(event.detail))
         text = storable(event.log)
         decision = after_failure(lease.attempt, lease.max_attempts, retryable=event.retryable)

@@ -109,7 +109,9 @@ def test_retry_of_a_failed_pack(service: Running, client: Client, undisturbed: l
     assert failed["error"].startswith("worker lost")
     (pack,) = client.packs(sweep_id, state="failed")
     assert pack["attempts"][-1]["outcome"] == "failed"
-    assert "runs on digits for 8000 steps" in client.log(sweep_id, pack["pack"])["log"]
+    said = client.log(sweep_id, pack["pack"])["log"]
+    assert f"pack {sweep_id}/{pack['pack']}, attempt 1: " in said
+    assert "runs on digits for 8000 steps" in said
     client.retry(sweep_id)
     assert list(client.watch(sweep_id))[-1]["state"] == "completed"
     recorded_once(service, sweep_id, attempts=2)
