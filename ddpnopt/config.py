@@ -23,6 +23,7 @@ Loss = Literal["cross_entropy", "mse", "mmc"]
 Method = Literal["baseline", "ddpnopt"]
 ModelKind = Literal["fcn", "cnn"]
 PairedBaseline = Literal["sgd", "rmsprop", "adam", "kfac", "ekfac"]
+Probe = Literal["update_norm", "policy_spectrum", "policy_image"]
 PreconditionerName = Literal["identity", "rmsprop", "adam", "kfac", "ekfac"]
 Safeguard = Literal["clamp", "psd"]
 SecondMoment = Literal["batch", "per_sample"]
@@ -397,7 +398,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """One training. Two runs of a pair differ in `optimizer` alone."""
+    """One training. Two runs of a pair differ in `optimizer` alone.
+
+    Attributes:
+        probes: what is recorded besides the metrics, each once; see `ddpnopt.probes`.
+    """
 
     dataset: str
     model: ModelConfig
@@ -406,19 +411,27 @@ class RunConfig:
     optimizer: OptimizerConfig
     seed: int
     dtype: DType = "float32"
+    probes: tuple[Probe, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, Loss)
         _one_of("dtype", self.dtype, DType)
         _whole("seed", self.seed, 0, MAX_SEED)
+        if not isinstance(self.probes, tuple) or len(set(self.probes)) < len(self.probes):
+            raise ConfigError("probes", self.probes, "a tuple of probes, each once")
+        for i, probe in enumerate(self.probes):
+            _one_of(f"probes[{i}]", probe, Probe)
 
     def pack_key(self) -> tuple[object, ...]:
         """Return what runs must share to be trained in one pack."""
-        return (self.dataset, self.model, self.loss, self.training, self.dtype)
+        return (self.dataset, self.model, self.loss, self.training, self.dtype, self.probes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; `from_dict` reads them back."""
-        return asdict(self)
+        written = asdict(self)
+        if not self.probes:  # as before there were any: keys are made of this
+            del written["probes"]
+        return written
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunConfig:
@@ -438,6 +451,8 @@ class RunConfig:
         model: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["model"].items()}
         known = {f.name for f in fields(cls)} - {"model", "training", "optimizer"}
         rest = {k: v for k, v in data.items() if k not in {"model", "training", "optimizer"}}
+        if "probes" in rest:
+            rest["probes"] = tuple(rest["probes"])
         if unknown := set(rest) - known:
             raise TypeError(f"unknown keys: {sorted(unknown)}")
         return cls(

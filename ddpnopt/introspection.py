@@ -161,15 +161,32 @@ def inspect(optimizer: LayerOptimizer, inputs: Tensor, targets: Tensor) -> Inspe
         allowed = "as many targets as inputs, and at least one"
         raise ConfigError("inputs", f"{len(inputs)} with {len(targets)} targets", allowed)
     with outside_training(inputs.device), _unchanged(inner):
-        rates = tuple(_copied(rates) for rates in optimizer._current_rates())
-        inner.members = replace(inner.members, rates=rates)
+        inner.members = replace(inner.members, rates=tuple(optimizer._current_rates()))
         controls = [slot.read() for slot in optimizer.slots]
-        path = roll_out(optimizer.network, controls, inputs)
+        return inspect_member(inner, optimizer.names, controls, inputs, targets)
+
+
+def inspect_member(
+    inner: Sweeper, names: Sequence[str], controls: Sequence[Tensor], inputs: Tensor, targets: Tensor
+) -> Inspection:
+    """Do the same for an optimizer over a single member of a pack, which it may change.
+
+    Args:
+        inner: of one run.
+        names: of the layers.
+        controls: u_t, each (1, o, ī).
+        inputs: (B, *shape of a sample), as the net of the pack takes them.
+        targets: as of `inspect`.
+    """
+    with outside_training(inputs.device):
+        inner.members = replace(inner.members, rates=tuple(map(_copied, inner.members.rates)))
+        own = [u.clone() for u in controls]
+        path = roll_out(inner.members.network, own, inputs)
         aim = targets.clone().unsqueeze(0)
-        loss = optimizer.loss.value(path.trajectory.output, aim).mean()
-        sweep = inner.sweep(controls, path.trajectory, aim)
-        inverses = [_own(inner.descent.preconditioner.inverse(t)) for t in range(len(controls))]
-        layers = _layers(optimizer.names, path, inner.members, sweep, inverses, inner.units(aim))
+        loss = inner.members.loss.value(path.trajectory.output, aim).mean()
+        sweep = inner.sweep(own, path.trajectory, aim)
+        inverses = [_own(inner.descent.preconditioner.inverse(t)) for t in range(len(own))]
+        layers = _layers(names, path, inner.members, sweep, inverses, inner.units(aim))
     return Inspection(loss, path.trajectory.output.squeeze(0), layers, path)
 
 

@@ -8,7 +8,7 @@ partner are measured by the same code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -48,6 +48,19 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """What a run recorded by a probe.
+
+    Attributes:
+        steps: (P,) int64.
+        values: (P, *shape) float32, the shape by `ddpnopt.probes.shape`; not all of them need be finite.
+    """
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """The outcome of one run.
 
@@ -61,6 +74,7 @@ class RunResult:
         weights_digest: SHA-256 of the final weights' bytes, layer by layer, in hexadecimal; empty without.
         divergence: set if and only if the run diverged.
         cancelled: whether it was told to leave before its end.
+        records: by the name of the probe.
     """
 
     index: int
@@ -72,6 +86,7 @@ class RunResult:
     weights_digest: str
     divergence: Divergence | None = None
     cancelled: bool = False
+    records: dict[str, Record] = field(default_factory=dict)
 
     @property
     def state(self) -> RunState:

@@ -37,13 +37,13 @@ def measures(model: ModelConfig, shapes: Sequence[LayerShape]) -> bool:
 
 
 def trains(run: RunConfig, shapes: Sequence[LayerShape]) -> bool:
-    """Tell whether a run's updates are done in lanes: first order, M the identity or diagonal.
+    """Tell whether a run's updates are done in lanes: first order, M the identity or diagonal, no probes.
 
     Args:
         run: the run.
         shapes: its layers on the dataset.
     """
-    return measures(run.model, shapes) and _first_order(run.optimizer)
+    return not run.probes and measures(run.model, shapes) and _first_order(run.optimizer)
 
 
 def _first_order(optimizer: OptimizerConfig) -> bool:

@@ -20,7 +20,7 @@ from ddpnopt.config import RunConfig
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 EVERY_S: Final = 60.0
 STALE_S: Final = 30 * 86400.0
 PARTIAL: Final = ".part"

@@ -31,6 +31,7 @@ from ddpnopt.pack.batches import BatchStream
 from ddpnopt.pack.checkpoint import Checkpoints, key_of
 from ddpnopt.pack.lanes import LanePart
 from ddpnopt.pack.part import Part, Samples
+from ddpnopt.pack.probes import Recorder
 from ddpnopt.pack.stack import distinct_seeds
 from ddpnopt.pack.tensors import TensorPart
 from ddpnopt.results import (
@@ -243,6 +244,10 @@ class Trainer:
         self.test_set = _on_device(data.test_inputs, data.test_targets, first, device)
         usable = library(first.dtype) if lanes and device.type == "cpu" else None
         self.parts = _parts(runs, data, device, usable, threads or torch.get_num_threads())
+        layers = first.model.layers(data.shape, int(data.train_targets.max()) + 1)
+        self.recorder = Recorder(
+            first.probes, first.training, layers, data.shape, self.train_set, self.test_set
+        )
         self.batches = BatchStream(distinct_seeds(runs), samples, batch_size, device)
         self.step = 0
         self._updates = 1  # grows fast; a large net's first stretch must not be minutes
@@ -305,6 +310,8 @@ class Trainer:
             self._last_point = self.step
         if self.training.takes_test_metrics(self.step):
             self._take(self.test_curves, lambda part: part.measure(self.test_set))
+        if self.runs[0].probes:
+            self.recorder.take(self.step, self.parts)
 
     def _take(self, curves: Curves, measure: Callable[[Part], Tensor]) -> None:
         for part in self.parts:
@@ -382,6 +389,7 @@ class Trainer:
                 ],
                 "diverged": {place: asdict(found) for place, found in self.diverged.items()},
                 "cancelled": self.cancelled,
+                "records": self.recorder.state(),
             },
         )
 
@@ -402,6 +410,7 @@ class Trainer:
             curves.points = [(step, places.numpy(), values.numpy()) for step, places, values in points]
         self.diverged = {place: Divergence(**found) for place, found in state["diverged"].items()}
         self.cancelled = state["cancelled"]
+        self.recorder.load_state(state["records"])
         return True
 
     # --- results ---
@@ -430,6 +439,7 @@ class Trainer:
             weights_digest=digest,
             divergence=divergence,
             cancelled=cancelled is not None,
+            records=self.recorder.of(place),
         )
 
     def _steps(self, divergence: Divergence | None, cancelled: int | None) -> int:
@@ -459,7 +469,10 @@ def _parts(
     if slow:
         running = first.training.train_metrics == "running"
         chosen = [runs[i] for i in slow]
-        parts.append(TensorPart(chosen, slow, seeds, net, shapes, device, running=running, library=usable))
+        norms = "update_norm" in first.probes
+        parts.append(
+            TensorPart(chosen, slow, seeds, net, shapes, device, running=running, norms=norms, library=usable)
+        )
     return parts
 
 

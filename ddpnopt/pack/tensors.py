@@ -8,7 +8,7 @@ Index legend: r run in the pack, b sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ddpnopt.lanes.program import compiled_net
 from ddpnopt.layers.losses import LOSSES, Loss
 from ddpnopt.layers.network import Controls, Network, predict, rollout
 from ddpnopt.linalg import eigensolver
+from ddpnopt.optimizers.ddpnopt import DDPNOpt
 from ddpnopt.pack.batches import Stretch
 from ddpnopt.pack.part import Samples
 from ddpnopt.pack.stack import Stack, stack
@@ -42,6 +43,7 @@ class TensorPart:
         shapes: the sizes of those with controls.
         device: where it trains.
         running: whether running means are kept.
+        norms: whether the norms of the updates are.
         library: the kernel, where there is one: it takes the metrics of small nets and finds the eigenvectors
             of small matrices.
     """
@@ -56,6 +58,7 @@ class TensorPart:
         device: torch.device,
         *,
         running: bool,
+        norms: bool = False,
         library: Library | None = None,
     ) -> None:
         first = runs[0]
@@ -70,6 +73,10 @@ class TensorPart:
         self._running: Tensor | None = None
         if running:
             self._running = torch.zeros(members, 2, dtype=torch.float64, device=device)
+        self._norms: Tensor | None = None
+        self._norm_updates = 0
+        if norms:
+            self._norms = torch.zeros(members, len(shapes), dtype=torch.float64, device=device)
 
     @property
     def index(self) -> NDArray[np.int64]:
@@ -115,7 +122,11 @@ class TensorPart:
         if self._running is not None:
             right = (trajectory.output.argmax(dim=-1) == targets).sum(dim=-1)
             self._running += torch.stack((loss.double(), right.double() / targets.shape[1]), dim=1)
+        before = [] if self._norms is None else [u.clone() for u in self.stack.controls]
         finite, blamed = self.stack.step(trajectory, targets)
+        if self._norms is not None:
+            self._norms += _lengths(before, self.stack.controls)
+            self._norm_updates += 1
         if blamed:
             for row, found_at in blamed.items():
                 kind = non_finite_kind(found_at.value)
@@ -139,6 +150,24 @@ class TensorPart:
         self._running = torch.zeros_like(self._running)
         return means
 
+    def take_update_norms(self) -> Tensor:
+        """Return |Δu_t| averaged over the updates since the last time, (R, T) float64."""
+        assert self._norms is not None
+        means = self._norms / self._norm_updates
+        self._norms, self._norm_updates = torch.zeros_like(self._norms), 0
+        return means
+
+    def sweepers(self) -> Iterator[tuple[int, DDPNOpt, Controls]]:
+        """Yield each DDPNOpt member's place, its optimizer as one of its own, and its u_t (1, o, ī)."""
+        for group in self.stack.groups:
+            if not isinstance(group.optimizer, DDPNOpt):
+                continue
+            for row in range(group.start, group.stop):
+                alone = DDPNOpt(group.optimizer.members)
+                alone.load_state(group.optimizer.state())
+                alone.select(self.stack.index.new_tensor([row - group.start]))
+                yield int(self.stack.index[row]), alone, [u[row : row + 1] for u in self.stack.controls]
+
     @torch.inference_mode()
     def select(self, keep: NDArray[np.bool_]) -> None:
         """See `Part.select`."""
@@ -149,6 +178,8 @@ class TensorPart:
         self.last_loss = self.last_loss[keep]
         if self._running is not None:
             self._running = self._running[keep]
+        if self._norms is not None:
+            self._norms = self._norms[keep]
 
     def controls(self) -> Controls:
         """See `Part.controls`."""
@@ -167,6 +198,8 @@ class TensorPart:
             "optimizers": [group.optimizer.state() for group in self.stack.groups],
             "last_loss": self.last_loss,
             "running": self._running,
+            "norms": self._norms,
+            "norm_updates": self._norm_updates,
         }
 
     @torch.inference_mode()
@@ -176,6 +209,15 @@ class TensorPart:
         for group, own in zip(self.stack.groups, state["optimizers"], strict=True):
             group.optimizer.load_state(own)
         self.last_loss, self._running = state["last_loss"], state["running"]
+        self._norms, self._norm_updates = state["norms"], state["norm_updates"]
+
+
+def _lengths(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Return |u - v| of each member and layer, (R, T) float64."""
+    return torch.stack(
+        [(v - u).double().square().flatten(1).sum(dim=1).sqrt() for u, v in zip(before, after, strict=True)],
+        dim=1,
+    )
 
 
 def evaluate(layers: Network, controls: Controls, loss: Loss, samples: Samples) -> tuple[Tensor, Tensor]:

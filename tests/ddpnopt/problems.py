@@ -119,6 +119,10 @@ def bits(result: RunResult) -> dict[str, Any]:
         "curve_steps": result.curve_steps.tolist(),
         "test_steps": result.test_steps.tolist(),
         "curves": {name: curve.tobytes() for name, curve in result.curves.items()},
+        "records": {
+            name: (record.steps.tolist(), record.values.shape, record.values.tobytes())
+            for name, record in result.records.items()
+        },
     }
 
 

@@ -1,0 +1,60 @@
+"""What a run can be asked to record besides its metrics, and the shape of it. Importable without torch.
+
+    update_norm      |Δu_t| of each layer, averaged over the updates since the last point (Fig. 6b): (T,)
+    policy_spectrum  eigenvalues of E_b[K_bᵀK_b] of the prediction layer's feedback gain, descending (Fig. 8),
+                     on the first `SPECTRUM_SAMPLES` samples of the training set: (n_{T-1},)
+    policy_image     what each layer's policy answers most strongly, projected back to image space (Alg. 4,
+                     Fig. 5), for one sample of the test set of each class: (T-1, classes, *shape of a sample)
+
+The last two are DDPNOpt's alone: a baseline has no policy and records nothing. A run with probes trains as
+tensors, not in lanes, and is another run than one without: its bits may differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from ddpnopt.config import LayerShape, Probe, TrainingConfig
+
+SPECTRUM_SAMPLES: Final = 64
+IMAGE_RANK: Final = 2
+"""Which sample of a class is shown, from 0: the first ones of MNIST's test set are not its most legible."""
+
+OF_POLICIES: Final[frozenset[Probe]] = frozenset({"policy_spectrum", "policy_image"})
+
+
+def shape(probe: Probe, layers: Sequence[LayerShape], sample: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of what is recorded at a point.
+
+    Args:
+        probe: what is recorded.
+        layers: of the net, t = 0..T-1.
+        sample: the shape of a sample.
+    """
+    if probe == "update_norm":
+        return (len(layers),)
+    if probe == "policy_spectrum":
+        return (layers[-1].state,)
+    return (len(layers) - 1, layers[-1].outputs, *sample)
+
+
+def points(probe: Probe, training: TrainingConfig) -> Iterator[int]:
+    """Yield the steps at which a probe is recorded: points of the curves, images at the last one alone."""
+    if probe == "policy_image":
+        yield training.steps
+    else:
+        yield from (step for step in training.points() if step > 0 or probe in OF_POLICIES)
+
+
+def is_point(probe: Probe, training: TrainingConfig, step: int) -> bool:
+    """Tell whether a probe is recorded at a point of the curves."""
+    return step == training.steps if probe == "policy_image" else step > 0 or probe in OF_POLICIES
+
+
+def numbers(
+    probes: Sequence[Probe], training: TrainingConfig, layers: Sequence[LayerShape], sample: Sequence[int]
+) -> int:
+    """Count the numbers that a run records."""
+    return sum(math.prod(shape(p, layers, sample)) * sum(1 for _ in points(p, training)) for p in probes)
