@@ -107,6 +107,6 @@ def test_the_settings_are_all_told() -> None:
 
 
 def test_the_optional_keys_of_a_spec_are_told() -> None:
-    assert set(rows("| optional key of the spec |")) == {"priority", "reuse", "device"}
+    assert set(rows("| optional key of the spec |")) == {"probes", "priority", "reuse", "device"}
     optional = {name for name, field in SweepSpec.model_fields.items() if not field.is_required()}
-    assert optional == {"priority", "reuse", "device", "loss", "dtype"}
+    assert optional == {"probes", "priority", "reuse", "device", "loss", "dtype"}

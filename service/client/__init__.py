@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import httpx
+import numpy as np
 
 from service.results.statistics import Heatmap
 
@@ -131,6 +132,20 @@ class Client:
         while after is not None:
             page = self._get(f"{_path(sweep_id)}/runs", after=after, limit=1000)
             yield from page["runs"]
+            after = page["next"]
+
+    def records(self, sweep_id: str, probe: str, **query: Any) -> Iterator[dict[str, Any]]:
+        """Yield what a probe recorded in every run of a grid, page by page; query: baseline, grid.
+
+        Each has `steps` (P,) and, shaped as the probe's `shape` says, `values` (P, *shape): a numpy array in
+        which a number that was not finite is NaN.
+        """
+        after: int | None = 0
+        while after is not None:
+            page = self._get(f"{_path(sweep_id)}/records", probe=probe, after=after, limit=1000, **query)
+            for record in page["records"]:
+                values = np.array(record["values"], dtype=np.float64)  # None becomes NaN
+                yield record | {"values": values.reshape(len(record["steps"]), *page["shape"])}
             after = page["next"]
 
     def packs(self, sweep_id: str, state: str | None = None) -> Iterator[dict[str, Any]]:

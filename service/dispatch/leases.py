@@ -9,11 +9,12 @@ so that no two transactions wait for each other: the scheduler's row, packs, swe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, insert, null, select, update
 
 from ddpnopt.config import Method
@@ -282,7 +283,7 @@ def finish(
         [
             {"run_id": ids[r.index], "metric": name, "points": points.astype("<f4").tobytes()}
             for r in outcome
-            for name, points in r.curves.items()
+            for name, points in _series(r)
         ],
     )
     diverged = sum(result.divergence is not None for result in outcome)
@@ -597,6 +598,13 @@ def _close_one(
         )
     )
     return entry
+
+
+def _series(result: RunResult) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield a run's curves and what its probes recorded: both are arrays by the points of its curves."""
+    yield from result.curves.items()
+    for probe, record in result.records.items():
+        yield probe, record.values
 
 
 def _result_row(run_id: int, lease: Lease, result: RunResult, now: float) -> dict[str, Any]:

@@ -7,14 +7,16 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Query
 
 from service.http import Reading, problems
-from service.results import queries
-from service.results.schemas import CurvesOut, RunOut, RunPage
+from service.results import queries, records
+from service.results.schemas import CurvesOut, RecordsPage, RunOut, RunPage
 from service.results.statistics import Heatmap
 
 router = APIRouter(prefix="/api/v1/sweeps/{sweep_id}", tags=["results"], responses=problems(404, 422, 503))
 
 MAX_RUNS: Final = 1000
 MAX_CURVES: Final = 2000
+
+MAX_RECORDS: Final = 1000
 
 Metric = Annotated[str, Query(max_length=32, description="train_loss, train_accuracy, test_loss or accuracy")]
 Baseline = Annotated[str | None, Query(max_length=32)]
@@ -58,3 +60,23 @@ def get_curves(
     """Return the metric over the steps of every run of a grid that has ended."""
     found = queries.curve_list(connection, sweep_id, metric, baseline, grid, limit)
     return CurvesOut(sweep_id=sweep_id, metric=metric, curves=found)
+
+
+@router.get("/records")
+def list_records(
+    sweep_id: str,
+    connection: Reading,
+    probe: Annotated[str, Query(max_length=32, description="one of the spec's probes")],
+    baseline: Baseline = None,
+    grid: Grid = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_RECORDS)] = 100,
+    after: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+) -> RecordsPage:
+    """List what a probe recorded in the runs of a grid that have ended, the points of each in a row.
+
+    `after` is the `next` of the page before; large records come in pages of fewer runs.
+    """
+    found = records.page(connection, sweep_id, probe, baseline, grid, after, limit)
+    return RecordsPage(
+        sweep_id=sweep_id, probe=probe, shape=found.shape, records=found.records, next=found.next
+    )

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 
 from ddpnopt.results import NonFinite
 from service.results.queries import Curve
+from service.results.records import RunRecord
 
 
 class RunOut(BaseModel):
@@ -47,3 +48,18 @@ class CurvesOut(BaseModel):
     sweep_id: str
     metric: str
     curves: list[Curve]
+
+
+class RecordsPage(BaseModel):
+    """What a probe recorded, in order of run.
+
+    Attributes:
+        shape: of each point's values, which come flat, in C order.
+        next: the `after` of the following page, null on the last.
+    """
+
+    sweep_id: str
+    probe: str
+    shape: list[int]
+    records: list[RunRecord]
+    next: int | None

@@ -13,7 +13,7 @@ from ddpnopt.datasets.catalog import CATALOG
 from ddpnopt.lanes import rules
 from ddpnopt.lanes.rules import NUMBER_BYTES
 from service.errors import FieldError, InvalidInputError
-from service.sweeps import estimate, estimate_lanes
+from service.sweeps import estimate, estimate_lanes, estimate_probes
 from service.sweeps.device import Device
 from service.sweeps.estimate import Layer, Method
 from service.sweeps.spec import SweepSpec
@@ -281,4 +281,5 @@ def _run_seconds(spec: SweepSpec, position: int, method: config.Method) -> float
     samples = info.test_size * sum(map(training.takes_test_metrics, points))
     if training.train_metrics == "full":
         samples += info.train_size * len(points)
-    return training.steps * stepping(net, training.batch_size, costs) + point(net, samples)
+    looking = estimate_probes.seconds(spec.probes, method, training, spec.layers())
+    return training.steps * stepping(net, training.batch_size, costs) + point(net, samples) + looking

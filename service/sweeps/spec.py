@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ddpnopt import config
+from ddpnopt import config, probes
 from ddpnopt.datasets.catalog import CATALOG
 from ddpnopt.errors import ConfigError
 
@@ -22,6 +22,8 @@ MAX_RUNS: Final = 1_000_000
 CURVE_POINTS: Final = 20
 MAX_CURVE_POINTS: Final = 2000
 MAX_PRIORITY: Final = 100
+MAX_PROBE_NUMBERS: Final = 250_000
+"""Of a run: what its probes record at all points of its curves, a megabyte."""
 LABEL: Final = r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$"
 
 PositiveRate = Annotated[float, Field(gt=0, le=1e6)]
@@ -316,6 +318,11 @@ class SweepSpec(_Model):
         | Annotated[list[Seed], Field(min_length=1, max_length=MAX_SEEDS), AfterValidator(_distinct)]
     )
     dtype: config.DType = "float32"
+    probes: Annotated[
+        list[config.Probe],
+        Field(description="what runs record besides their metrics"),
+        AfterValidator(_distinct),
+    ] = []
     grids: Annotated[list[Grid], Field(min_length=1, max_length=MAX_GRIDS)]
     priority: Annotated[
         int,
@@ -362,6 +369,18 @@ class SweepSpec(_Model):
             )
         return self
 
+    @model_validator(mode="after")
+    def _probes_fit(self) -> SweepSpec:
+        shape = CATALOG[self.dataset].shape
+        total = probes.numbers(self.probes, self.training.resolved(), self.layers(), shape)
+        if total > MAX_PROBE_NUMBERS:
+            raise PydanticCustomError(
+                "probes",
+                "at most {most} numbers in a run: fewer points (eval_every), or a smaller net",
+                {"most": MAX_PROBE_NUMBERS, "at": ("probes",), "given": f"{total} numbers in a run"},
+            )
+        return self
+
     def seed_list(self) -> tuple[int, ...]:
         """Return the seeds: 0..n-1 if only their number was given."""
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
@@ -392,4 +411,5 @@ class SweepSpec(_Model):
             ),
             seed=seed,
             dtype=self.dtype,
+            probes=tuple(self.probes),
         )

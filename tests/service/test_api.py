@@ -363,6 +363,7 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
         f"{SWEEPS}/{{sweep_id}}/runs",
         f"{SWEEPS}/{{sweep_id}}/heatmap",
         f"{SWEEPS}/{{sweep_id}}/curves",
+        f"{SWEEPS}/{{sweep_id}}/records",
         f"{SWEEPS}/{{sweep_id}}/{{action}}",
         f"{SWEEPS}/{{sweep_id}}/packs",
         f"{SWEEPS}/{{sweep_id}}/packs/{{pack}}/log",
