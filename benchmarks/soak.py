@@ -32,7 +32,7 @@ import numpy as np
 from sqlalchemy import func, select
 
 from benchmarks.settings import machine, save
-from examples.demo import service
+from service.cli.embedded import service
 from service.client import Client
 from service.db.engine import clock, open_engine, read
 from service.db.tables import is_running, packs, results, runs

@@ -36,7 +36,7 @@ from benchmarks.settings import machine, save
 from benchmarks.specs import packs_of
 from benchmarks.tune import private_ray
 from ddpnopt.config import RunConfig
-from examples.demo import service
+from service.cli.embedded import service
 from service.client import Client
 
 ALL_OF_FIG4A: Final = Path(__file__).parent.parent / "examples" / "digits-fig4a-all.yaml"

@@ -45,7 +45,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.peers import NETS, plain_loop, samples_of
 from benchmarks.settings import machine, save
-from examples.demo import service
+from service.cli.embedded import service
 from service.client import Client
 
 NET: Final = NETS["64-16-16-16-16-10"]

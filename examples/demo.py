@@ -9,58 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 
 from service.cli.display import follow, heatmap_table
+from service.cli.embedded import service
 from service.client import Client
+from service.errors import SetupError
 from service.results import plots
 
 SPEC: Final = Path(__file__).with_name("digits-fig4a-sgd.yaml")
-START_S: Final = 60
-STOP_S: Final = 30
-
-
-@contextmanager
-def service(home: Path, **settings: str) -> Iterator[str]:
-    """Run `ddpsweep serve` with some settings on a free port and yield its URL."""
-    environment = {name: value for name, value in os.environ.items() if name != "DDPSWEEP_DATABASE_URL"}
-    environment |= {"DDPSWEEP_HOME": str(home)} | settings
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "serve.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli.main", "serve", "--port", "0"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        try:
-            yield _url(process, home)
-        finally:
-            process.terminate()
-            process.wait(STOP_S)
-
-
-def _url(process: subprocess.Popen[str], home: Path) -> str:
-    assert process.stdout is not None
-    found = re.search(r"http://\S+", process.stdout.readline())
-    if found is None:
-        sys.exit(f"the service did not start:\n{(home / 'serve.log').read_text()}")
-    with Client(found.group()) as client:
-        for _ in range(START_S * 5):
-            if client.ready():
-                return found.group()
-            time.sleep(0.2)
-    sys.exit(f"the service was not ready within {START_S} s:\n{(home / 'serve.log').read_text()}")
 
 
 def main() -> None:
@@ -71,6 +32,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     home = (out / "demo-home").resolve()
     console = Console(highlight=False)
+    try:
+        _run(out, home, console)
+    except SetupError as error:
+        sys.exit(str(error))
+
+
+def _run(out: Path, home: Path, console: Console) -> None:
     with service(home) as url, Client(url) as client:
         sweep = client.submit(SPEC.read_bytes())
         console.print(f"sweep {sweep['id']}: watch it at {url}/sweeps/{sweep['id']}")

@@ -1,0 +1,66 @@
+"""A service of one's own for a while: `ddpsweep serve` in processes that end with the one that started them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from service.client import Client
+from service.errors import SetupError
+
+START_S: Final = 60
+STOP_S: Final = 30
+
+
+@contextmanager
+def service(home: Path, **settings: str) -> Iterator[str]:
+    """Run `ddpsweep serve` with some settings on a free port and yield its URL.
+
+    Args:
+        home: its folder, made if need be; its log is `serve.log` there.
+        settings: by the names of their variables.
+
+    Raises:
+        SetupError: if it does not start.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "DDPSWEEP_DATABASE_URL"}
+    environment |= {"DDPSWEEP_HOME": str(home)} | settings
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "serve.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli.main", "serve", "--port", "0"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        try:
+            yield _url(process, home)
+        finally:
+            process.terminate()
+            process.wait(STOP_S)
+
+
+def _url(process: subprocess.Popen[str], home: Path) -> str:
+    assert process.stdout is not None
+    found = re.search(r"http://\S+", process.stdout.readline())
+    if found is None:
+        raise SetupError(f"the service did not start: {_end_of_log(home)}")
+    with Client(found.group()) as client:
+        for _ in range(START_S * 5):
+            if client.ready():
+                return found.group()
+            time.sleep(0.2)
+    raise SetupError(f"the service was not ready within {START_S} s: {_end_of_log(home)}")
+
+
+def _end_of_log(home: Path) -> str:
+    lines = (home / "serve.log").read_text().strip().splitlines()
+    return f"{lines[-1] if lines else 'it wrote nothing'} (all of it: {home / 'serve.log'})"
