@@ -1,4 +1,4 @@
-"""A service of one's own for a while: `ddpsweep serve` in processes that end with the one that started them."""
+"""A service of one's own for a while: `ddpsweep serve` in processes that end with who started them."""
 
 from __future__ import annotations
 
