@@ -410,6 +410,29 @@ def _write(to: Path, save: Any) -> None:
     print(to)
 
 
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="A figure or table of the paper, or all.", metavar="NAME")],
+    quick: Annotated[
+        bool, typer.Option("--quick/--full", help="Fewer seeds and shorter, or as in the paper.")
+    ] = False,
+    to: Annotated[Path, typer.Option("--out", help="Folder of the report.", metavar="DIR")] = Path(
+        "out/reproduction"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the datasets' files, as DDPSWEEP_DATA.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Run the paper's sweeps and report how they compare with what it published.
+
+    On the server at DDPSWEEP_URL if there is one; else on one of its own over DDPSWEEP_HOME, which ends with
+    this command. What was done before is not done again.
+    """
+    from service.cli import reproduction
+
+    reproduction.reproduce(out, Settings(), name, to, data, quick=quick)
+
+
 @db_app.command("upgrade")
 def db_upgrade() -> None:
     """Bring the database to this version's schema."""

@@ -81,7 +81,11 @@ class Client:
         return self._post("/api/v1/sweeps/validate", spec, {"Content-Type": content_type})
 
     def submit(
-        self, spec: bytes, content_type: str = "application/yaml", team: str | None = None
+        self,
+        spec: bytes,
+        content_type: str = "application/yaml",
+        team: str | None = None,
+        idempotency_key: str | None = None,
     ) -> dict[str, Any]:
         """Submit a spec once, even if an answer gets lost and the request is repeated; return the sweep.
 
@@ -89,8 +93,10 @@ class Client:
             spec: the document.
             content_type: what it is written in.
             team: whose sweep it is; the server's default team if not given.
+            idempotency_key: the same one with the same spec gives the same sweep, whenever it was submitted;
+                one of this call's own if not given.
         """
-        headers = {"Content-Type": content_type, "Idempotency-Key": uuid.uuid4().hex}
+        headers = {"Content-Type": content_type, "Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         return self._post("/api/v1/sweeps", spec, headers, team=team)
 
     def sweeps(self, limit: int = 50) -> list[dict[str, Any]]:
@@ -133,6 +139,14 @@ class Client:
             page = self._get(f"{_path(sweep_id)}/runs", after=after, limit=1000)
             yield from page["runs"]
             after = page["next"]
+
+    def curves(self, sweep_id: str, **query: Any) -> list[dict[str, Any]]:
+        """Return the curves of a grid's runs that have ended; query: metric, baseline, grid.
+
+        Each has `steps` and `values`, in which a number that is not finite is None.
+        """
+        answer: list[dict[str, Any]] = self._get(f"{_path(sweep_id)}/curves", **query)["curves"]
+        return answer
 
     def records(self, sweep_id: str, probe: str, **query: Any) -> Iterator[dict[str, Any]]:
         """Yield what a probe recorded in every run of a grid, page by page; query: baseline, grid.

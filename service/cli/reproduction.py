@@ -1,0 +1,61 @@
+"""`ddpsweep reproduce`: the paper's presets on a server, one after the other, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from service.cli import display
+from service.cli.embedded import service
+from service.client import Client
+from service.config import Settings
+from service.paper import report
+from service.paper.build import BUILDERS
+from service.paper.presets import PRESETS, Preset, get
+from service.paper.run import run
+
+
+def reproduce(
+    console: Console, settings: Settings, name: str, folder: Path, data: Path | None, *, quick: bool
+) -> None:
+    """Run a preset, or all of them, and write the report.
+
+    Raises:
+        InvalidInputError: if there is no such preset.
+        SetupError: if the service does not start, or a sweep does not complete.
+        DDPSweepClientError: if the server is lost or refuses.
+    """
+    chosen: list[Preset] = list(PRESETS.values()) if name == "all" else [get(name)]
+    sections = []
+    with _server(console, settings, data) as url, Client(url) as client:
+        for preset in chosen:
+            console.print(preset.title, style="bold")
+
+            def follow(spec: str, states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+                console.print(f"  {spec}")
+                return display.follow(console, states)
+
+            section = BUILDERS[preset.name](run(client, preset, follow, quick=quick))
+            sections.append(section)
+            for finding in section.findings:
+                console.print(f"  · {finding}", markup=False, soft_wrap=True)
+    *_, page, pdf = report.save(sections, folder)
+    console.print(f"wrote {page} and {pdf}")
+
+
+@contextmanager
+def _server(console: Console, settings: Settings, data: Path | None) -> Iterator[str]:
+    with Client(settings.url) as client:
+        running = client.ready()
+    if running:
+        console.print(f"on the server at {settings.url}")
+        yield settings.url
+        return
+    console.print(f"on a server of its own (home {settings.home})")
+    variables = {} if data is None else {"DDPSWEEP_DATA": str(data.expanduser().resolve())}
+    with service(settings.home.expanduser(), **variables) as url:
+        yield url

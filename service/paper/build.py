@@ -1,0 +1,17 @@
+"""Which module builds the section of which preset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from service.paper import panels, training
+from service.paper.results import Results
+from service.paper.sections import Section
+
+BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
+    "fig4a": panels.section,
+    "tables9-10": panels.section,
+    "fig4b": training.section,
+    "fig9": panels.section,
+}

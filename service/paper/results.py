@@ -1,0 +1,52 @@
+"""The sweeps of a preset after they were run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from service.client import Client
+from service.paper.presets import Preset
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a section is built from.
+
+    Attributes:
+        client: of the service that ran the sweeps.
+        preset: which figure.
+        sweeps: as the API answers them, by the name of their specs.
+        quick: whether `--quick` was asked for.
+    """
+
+    client: Client
+    preset: Preset
+    sweeps: Mapping[str, dict[str, Any]]
+    quick: bool
+
+    def notes(self) -> tuple[str, ...]:
+        """Say how each sweep was made: setting, seeds, device, seconds."""
+        return tuple(self._note(name, sweep) for name, sweep in self.sweeps.items())
+
+    def _note(self, name: str, sweep: dict[str, Any]) -> str:
+        spec, progress, usage = sweep["spec"], sweep["progress"], sweep["usage"]
+        training, model = spec["training"], spec["model"]
+        seeds = spec["seeds"] if isinstance(spec["seeds"], int) else len(spec["seeds"])
+        devices = sorted(
+            {
+                attempt["device"]
+                for pack in self.client.packs(sweep["id"])
+                for attempt in pack["attempts"]
+                if attempt["device"]
+            }
+        )
+        net = "-".join(map(str, [*model.get("channels", []), *model["hidden"]]))
+        return (
+            f"{name}: {spec['dataset']}, hidden {net}, {model['activation']}, "
+            f"batch {training['batch_size']}, {training['steps']} steps, {seeds} seeds, "
+            f"{progress['runs_total']} runs ({progress['runs_diverged']} diverged, "
+            f"{progress['runs_reused']} reused), "
+            f"{usage['device_seconds']:.1f} device-seconds on {', '.join(devices) or 'nothing'}"
+        )

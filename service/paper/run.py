@@ -1,0 +1,46 @@
+"""Run a preset's sweeps by a service, as anybody's sweeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from service.client import Client
+from service.errors import SetupError
+from service.paper.presets import Preset
+from service.paper.results import Results
+
+Follow = Callable[[str, Iterable[dict[str, Any]]], dict[str, Any]]
+"""Takes a spec's name and the states of its sweep as they come; returns the last one."""
+
+
+def run(client: Client, preset: Preset, follow: Follow, *, quick: bool = False) -> Results:
+    """Submit what has not been submitted, wait for it, and return the results.
+
+    The same preset again takes the sweeps that are there: what was interrupted goes on, what failed or was
+    cancelled is tried again.
+
+    Raises:
+        SetupError: if a sweep does not complete.
+        Refused: if the service takes a spec not.
+    """
+    submitted = {name: _submit(client, document) for name, document in preset.documents(quick=quick).items()}
+    done = {}
+    for name, sweep_id in submitted.items():
+        done[name] = follow(name, client.watch(sweep_id))
+        if done[name]["state"] != "completed":
+            raise SetupError(f"sweep {sweep_id} ({name}) {done[name]['state']}: {done[name]['error']}")
+    return Results(client, preset, done, quick)
+
+
+def _submit(client: Client, document: dict[str, Any]) -> str:
+    body = json.dumps(document, sort_keys=True).encode()
+    key = f"reproduce-{hashlib.sha256(body).hexdigest()[:32]}"
+    sweep = client.submit(body, "application/json", idempotency_key=key)
+    if sweep["state"] in ("failed", "cancelled"):
+        client.retry(sweep["id"])
+    elif sweep["state"] in ("paused", "pausing"):
+        client.resume(sweep["id"])
+    return str(sweep["id"])

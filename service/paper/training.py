@@ -1,0 +1,112 @@
+"""Fig. 4b: the training of single cells, as curves with their spread."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from service.paper.results import Results
+from service.paper.sections import Picture, Section, Table, Value
+from service.results import figures
+
+METRICS: Final = ("train_loss", "accuracy")
+CELLS: Final = {"sgd": (0.6, 1e-3), "rmsprop": (0.01, 1e-5)}
+"""Learning rate and ε of the paper's two examples."""
+COLOURS: Final = {"baseline": "tab:red", "ddpnopt": "tab:blue"}
+
+Curves = dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+"""By method: steps (P,) and values (runs, P), NaN where a run has left."""
+
+
+def section(results: Results) -> Section:
+    """Build the section."""
+    shown = {
+        (grid["baseline"], metric): _curves(results, sweep["id"], position, grid["baseline"], metric)
+        for sweep in results.sweeps.values()
+        for position, grid in enumerate(sweep["spec"]["grids"])
+        if grid["baseline"] in CELLS
+        for metric in METRICS
+    }
+    findings = [finding for key, curves in shown.items() for finding in _findings(*key, curves)]
+    table = Table(
+        "fig4b",
+        "mean and standard deviation over the seeds at each point",
+        ("baseline", "metric", "method", "step", "n", "mean", "sd"),
+        tuple(row for key, curves in shown.items() for row in _rows(*key, curves)),
+    )
+    picture = Picture("fig4b", "Mean over the seeds, with one standard deviation", _figure(shown))
+    return Section(
+        results.preset.name, results.preset.title, tuple(findings), (picture,), (table,), results.notes()
+    )
+
+
+def _curves(results: Results, sweep_id: str, position: int, baseline: str, metric: str) -> Curves:
+    rate, reg = CELLS[baseline]
+    found: dict[str, list[dict[str, Any]]] = {"baseline": [], "ddpnopt": []}
+    for curve in results.client.curves(sweep_id, metric=metric, grid=position):
+        if curve["learning_rate"] == rate and curve["vxx_reg"] in (None, reg):
+            found[curve["method"]].append(curve)
+    curves: Curves = {}
+    for method, own in found.items():
+        steps: list[int] = max((curve["steps"] for curve in own), key=len, default=[])
+        values = np.full((len(own), len(steps)), np.nan)
+        for row, curve in zip(values, own, strict=True):
+            row[: len(curve["values"])] = np.array(curve["values"], dtype=np.float64)
+        curves[method] = np.array(steps), values
+    return curves
+
+
+def _findings(baseline: str, metric: str, curves: Curves) -> list[str]:
+    rate, reg = CELLS[baseline]
+    ends = {method: values[:, -1] for method, (_, values) in curves.items() if values.size}
+    if len(ends) < len(curves):
+        return []
+    told = "; ".join(
+        f"{'DDPNOpt' if method == 'ddpnopt' else figures.BASELINES[baseline]} "
+        f"{np.nanmean(end):.3g} ± {np.nanstd(end, ddof=1):.2g}"
+        for method, end in ends.items()
+        if np.isfinite(end).sum() > 1
+    )
+    smaller = np.nanstd(ends["ddpnopt"]) < np.nanstd(ends["baseline"])
+    where = f"{figures.BASELINES[baseline]} at learning rate {rate:g}, ε {reg:g}, {figures.TITLES[metric]}"
+    return [
+        f"{where} at the end: {told}; the spread is {'smaller' if smaller else 'not smaller'} with DDPNOpt."
+    ]
+
+
+def _rows(baseline: str, metric: str, curves: Curves) -> list[tuple[Value, ...]]:
+    rows: list[tuple[Value, ...]] = []
+    for method, (steps, values) in curves.items():
+        for step, column in zip(steps.tolist(), values.T, strict=True):
+            own = column[np.isfinite(column)]
+            mean = float(own.mean()) if len(own) else None
+            spread = float(own.std(ddof=1)) if len(own) > 1 else None
+            rows.append((baseline, metric, method, step, len(own), mean, spread))
+    return rows
+
+
+def _figure(shown: dict[tuple[str, str], Curves]) -> Figure:
+    baselines = list(dict.fromkeys(baseline for baseline, _ in shown))
+    figure = Figure(figsize=(4 * len(baselines), 5), layout="constrained")
+    axes = figure.subplots(len(METRICS), len(baselines), squeeze=False)
+    for column, baseline in enumerate(baselines):
+        for line, metric in zip(axes, METRICS, strict=True):
+            _draw(line[column], baseline, metric, shown[baseline, metric])
+        rate, reg = CELLS[baseline]
+        axes[0][column].set_title(f"learning rate {rate:g}, ε = {reg:g}", fontsize=9)
+    return figure
+
+
+def _draw(ax: Axes, baseline: str, metric: str, curves: Curves) -> None:
+    for method, (steps, values) in curves.items():
+        if not values.size:
+            continue
+        name = "DDPNOpt" if method == "ddpnopt" else figures.BASELINES[baseline]
+        mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        ax.plot(steps, mean, label=name, color=COLOURS[method])
+        ax.fill_between(steps, mean - spread, mean + spread, color=COLOURS[method], alpha=0.2, linewidth=0)
+    ax.set(xlabel="iterations", ylabel=figures.TITLES[metric].partition(" (")[0])
+    ax.legend(fontsize=8, frameon=False)
