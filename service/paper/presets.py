@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ddpnopt.datasets.catalog import CLUSTERS
 from service.errors import FieldError, InvalidInputError
 from service.sweeps.documents import parse_yaml
 
@@ -46,6 +47,12 @@ PRESETS: Final[Mapping[str, Preset]] = {
         Preset("fig4a", "Fig. 4a: DDPNOpt against its baselines on DIGITS", _FIG4A, _FEWER),
         Preset("tables9-10", "Tables 9 and 10: the values behind Fig. 4a", _FIG4A, _FEWER),
         Preset("fig4b", "Fig. 4b: examples of the training", _FIG4A[:2], _FEWER),
+        Preset(
+            "fig8",
+            "Fig. 8: the spectrum of the feedback policy on Gaussian clusters",
+            tuple(f"fig8-{loss}-{k}" for loss in ("mmc", "ce") for k in CLUSTERS),
+            {"seeds": 1},
+        ),
         Preset("fig9", "Fig. 9: DDPNOpt against Adam on DIGITS", ("fig9",), _FEWER),
     )
 }

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
@@ -21,6 +22,7 @@ from service.paper.build import BUILDERS
 from service.paper.presets import PRESETS, Preset
 from service.paper.results import Results
 from service.paper.run import run
+from service.paper.spectra import Spectra
 from service.sweeps.documents import parse_spec
 from tests.conftest import SMALL_SPEC
 from tests.service.test_cli import URL, InProcess
@@ -38,12 +40,12 @@ def client(sqlite_engine: Engine) -> Iterator[Client]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every preset's specs be those of its axes, on WINE, for four steps and two seeds."""
+    """Let every preset's specs be those of its axes and probes, on WINE, for four steps and two seeds."""
     whole = presets.spec
 
     def small(name: str) -> dict[str, Any]:
         document = whole(name)
-        kept = {key: copy.deepcopy(document[key]) for key in ("name", "grids")}
+        kept = {key: copy.deepcopy(document[key]) for key in ("name", "grids", "probes") if key in document}
         return SMALL_SPEC | kept | {"seeds": 2, "training": TINY}
 
     monkeypatch.setattr(presets, "spec", small)
@@ -155,3 +157,19 @@ def test_the_tables_hold_what_the_heatmaps_say(client: Client, sqlite_engine: En
     assert rows[0]["paper_baseline"] == 0.1974
     positive = sum((row["improvement"] or 0) > 0 for row in rows)
     assert section.findings[0].startswith(f"training loss: DDPNOpt is better in {positive} of 48 cells")
+
+
+def spectra(*values: list[list[float]]) -> Spectra:
+    """Of runs on 2 clusters, recorded at steps 0, 5 and 10."""
+    return Spectra("mmc", 2, (0, 5, 10), np.array(values), tuple(range(len(values))))
+
+
+def test_the_criterion_of_fig8() -> None:
+    good = [[1.0, 0.5, 1e-9], [1.0, 1e-5, 0.0], [2.0, 1.0, 1e-7]]
+    assert spectra(good, good).counts_match()
+    assert spectra(good).grow()
+    one_more, one_less = ([*good[:2], [2.0, 1.0, 1e-5]], [*good[:2], [2.0, 1e-6, 0.0]])
+    for wrong in (one_more, one_less):
+        assert not spectra(good, wrong).counts_match()
+    shrinking = [good[0], [3.0, 1.0, 0.0], good[2]]
+    assert not spectra(good, shrinking).grow()

@@ -1,0 +1,190 @@
+"""Find the setting of Fig. 4a that the paper does not tell, by its baselines alone.
+
+    python -m benchmarks.calibrate [--seeds 10] [--out docs/reproduction/calibration]
+
+The paper gives DIGITS five layers of 10 to 32 units with tanh and batches of 8 to 32 (A.6.1), and trains for
+1500 iterations (Fig. 4b). Within that, this trains the baselines of Tables 9 and 10, and no DDPNOpt at all,
+through a service of its own, as sweeps of grids without ε. The score of a setting is the root mean square
+over the table's learning rates of
+
+    ln(loss / the paper's) / 0.25   and   (accuracy - the paper's) / 3 points
+
+so that 1 is a setting that misses each number by a quarter, or by three points. The least one of each panel
+is what its preset takes, whatever DDPNOpt makes of it.
+
+Writes a CSV of all scores, and prints the best of each panel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from service.cli.embedded import service
+from service.client import Client
+from service.paper import published
+
+STEPS: Final = 1500
+WIDTHS: Final = (10, 12, 16, 24, 32)
+BATCHES: Final = (8, 12, 16, 24, 32)
+LOSS_UNIT: Final = 0.25
+ACCURACY_UNIT: Final = 3.0
+OPTIONS: Final[dict[str, list[dict[str, Any]]]] = {
+    "sgd": [{}],
+    "rmsprop": [
+        {"rho": rho, "second_moment": moment}
+        for rho in (0.9, 0.95, 0.98, 0.99)
+        for moment in ("batch", "per_sample")
+    ],
+    "ekfac": [{"damping": damping} for damping in (0.003, 0.01, 0.03)],
+}
+SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A setting and how far its baseline is from the paper's.
+
+    Attributes:
+        losses, accuracies: means by learning rate; None where a seed diverged.
+        score: see above; infinite where one diverged.
+    """
+
+    baseline: str
+    width: int
+    batch: int
+    options: str
+    losses: tuple[float | None, ...]
+    accuracies: tuple[float | None, ...]
+    score: float
+
+
+def spec(width: int, batch: int, seeds: int, baseline: str) -> dict[str, Any]:
+    """Return a sweep of a baseline alone, a grid for each of its options."""
+    reference = published.grid(baseline, "train_loss")
+    assert reference is not None
+    return {
+        "name": f"calibration: {baseline}, {width} units, batch {batch}",
+        "dataset": "digits",
+        "model": {"kind": "fcn", "hidden": [width] * 4, "activation": "tanh"},
+        "training": {"steps": STEPS, "batch_size": batch, "eval_every": STEPS},
+        "seeds": seeds,
+        "grids": [
+            {
+                "baseline": baseline,
+                "options": options,
+                "learning_rate": list(reference.alone),
+                "vxx_reg": [],
+            }
+            for options in OPTIONS[baseline]
+        ],
+    }
+
+
+def scored(client: Client, sweep_id: str, baseline: str, width: int, batch: int) -> Iterator[Scored]:
+    """Yield a score for each of a sweep's grids."""
+    for grid, options in enumerate(OPTIONS[baseline]):
+        means: dict[str, dict[float, float | None]] = {}
+        for metric in ("train_loss", "accuracy"):
+            rows = client.summary(sweep_id, metric=metric, grid=grid)["rows"]
+            means[metric] = {
+                row["learning_rate"]: row["mean"] if not row["n_diverged"] else None for row in rows
+            }
+        losses, accuracies = (tuple(means[metric].values()) for metric in ("train_loss", "accuracy"))
+        text = ", ".join(f"{name} {value}" for name, value in options.items())
+        yield Scored(baseline, width, batch, text, losses, accuracies, score(baseline, losses, accuracies))
+
+
+def score(baseline: str, losses: tuple[float | None, ...], accuracies: tuple[float | None, ...]) -> float:
+    """Return how far means by learning rate are from the paper's."""
+    loss, accuracy = (published.grid(baseline, metric) for metric in ("train_loss", "accuracy"))
+    assert loss is not None
+    assert accuracy is not None
+    squares = []
+    for ours, theirs in zip(losses, loss.alone.values(), strict=True):
+        squares.append(math.inf if ours is None else (math.log(ours / theirs) / LOSS_UNIT) ** 2)
+    for ours, theirs in zip(accuracies, accuracy.alone.values(), strict=True):
+        squares.append(math.inf if ours is None else ((ours - theirs) / ACCURACY_UNIT) ** 2)
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def search(client: Client, seeds: int, console: Console) -> list[Scored]:
+    """Train every setting; return all scores, the best first."""
+    submitted = []
+    for baseline, width, batch in itertools.product(OPTIONS, WIDTHS, BATCHES):
+        body = json.dumps(spec(width, batch, seeds, baseline)).encode()
+        sweep = client.submit(body, "application/json", idempotency_key=f"{baseline}-{width}-{batch}-{seeds}")
+        submitted.append((sweep["id"], baseline, width, batch))
+    found: list[Scored] = []
+    for sweep_id, baseline, width, batch in submitted:
+        *_, last = client.watch(sweep_id, 1.0)
+        if last["state"] != "completed":
+            raise SystemExit(f"sweep {sweep_id} {last['state']}: {last['error']}")
+        found += scored(client, sweep_id, baseline, width, batch)
+        best = min(found[-len(OPTIONS[baseline]) :], key=lambda one: one.score)
+        console.print(f"{baseline}, {width} units, batch {batch}: {best.score:.2f} ({best.options})")
+    return sorted(found, key=lambda one: (one.baseline, one.score))
+
+
+def write(found: list[Scored], path: Path) -> None:
+    """Write all scores as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rates = range(len(found[0].losses))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        columns = [f"{name}_{i + 1}" for name in ("train_loss", "accuracy") for i in rates]
+        writer.writerow(["baseline", "width", "batch", "options", "score", *columns])
+        for one in found:
+            numbers = ["" if v is None else f"{v:.4f}" for v in (*one.losses, *one.accuracies)]
+            writer.writerow([one.baseline, one.width, one.batch, one.options, f"{one.score:.3f}", *numbers])
+
+
+def table(found: list[Scored]) -> Table:
+    """Return the best settings of each baseline, under the paper's numbers."""
+    shown = Table(title="the settings whose baselines are nearest to Tables 9 and 10")
+    for name in ("baseline", "units", "batch", "options", "score", "training loss", "accuracy"):
+        shown.add_column(name)
+    for baseline in OPTIONS:
+        references = [published.grid(baseline, metric) for metric in ("train_loss", "accuracy")]
+        paper = [_numbers(tuple(r.alone.values())) for r in references if r is not None]
+        shown.add_row(baseline, "", "", "the paper", "", *paper)
+        for one in [one for one in found if one.baseline == baseline][:SHOWN]:
+            numbers = (_numbers(one.losses), _numbers(one.accuracies))
+            shown.add_row("", str(one.width), str(one.batch), one.options, f"{one.score:.2f}", *numbers)
+    return shown
+
+
+def _numbers(values: tuple[float | None, ...]) -> str:
+    return ", ".join("–" if value is None else f"{value:.3g}" for value in values)
+
+
+def main() -> None:
+    """Search, print and save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--home", type=Path, default=Path("out/calibration-home"), help="of the service")
+    parser.add_argument("--out", type=Path, default=Path("docs/reproduction/calibration.csv"))
+    arguments = parser.parse_args()
+    console, started = Console(highlight=False, width=150), time.monotonic()
+    with service(arguments.home.resolve()) as url, Client(url) as client:
+        found = search(client, arguments.seeds, console)
+    write(found, arguments.out)
+    console.print(table(found))
+    console.print(f"{len(found)} settings in {time.monotonic() - started:.0f} s; wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
