@@ -4,7 +4,8 @@
     policy_spectrum  eigenvalues of E_b[K_bᵀK_b] of the prediction layer's feedback gain, descending (Fig. 8),
                      on the first `SPECTRUM_SAMPLES` samples of the training set: (n_{T-1},)
     policy_image     what each layer's policy answers most strongly, projected back to image space (Alg. 4,
-                     Fig. 5), for one sample of the test set of each class: (T-1, classes, *shape of a sample)
+                     Fig. 5), for one sample of the test set of each class, which itself stands in the place
+                     of t = 0, where there is no feedback: (T, classes, *shape of a sample)
 
 The last two are DDPNOpt's alone: a baseline has no policy and records nothing. A run with probes trains as
 tensors, not in lanes, and is another run than one without: its bits may differ.
@@ -37,7 +38,7 @@ def shape(probe: Probe, layers: Sequence[LayerShape], sample: Sequence[int]) -> 
         return (len(layers),)
     if probe == "policy_spectrum":
         return (layers[-1].state,)
-    return (len(layers) - 1, layers[-1].outputs, *sample)
+    return (len(layers), layers[-1].outputs, *sample)
 
 
 def points(probe: Probe, training: TrainingConfig) -> Iterator[int]:

@@ -116,14 +116,15 @@ class Recorder:
     def _images(self, optimizer: DDPNOpt, controls: Controls) -> Tensor:
         names = [f"layer {t}" for t in range(len(controls))]
         inputs, targets = self._test_set.inputs, self._test_set.targets
-        found = inputs.new_full((len(self._layers) - 1, self._layers[-1].outputs, inputs.shape[1]), torch.nan)
+        found = inputs.new_full((len(self._layers), self._layers[-1].outputs, inputs.shape[1]), torch.nan)
         for label in range(self._layers[-1].outputs):
             rows = (targets == label).nonzero().flatten()
             if len(rows) == 0:
                 continue
             row = rows[min(IMAGE_RANK, len(rows) - 1)].reshape(1)
+            found[0, label] = inputs[row]
             seen = inspect_member(optimizer, names, controls, inputs[row], targets[row])
             for layer in seen.layers[1:]:
                 leading = layer.K.right_singular_vectors()[:, 0]
-                found[layer.t - 1, label] = seen.deconvolve(leading, layer.t).flatten()
+                found[layer.t, label] = seen.deconvolve(leading, layer.t).flatten()
         return found

@@ -48,6 +48,12 @@ PRESETS: Final[Mapping[str, Preset]] = {
         Preset("tables9-10", "Tables 9 and 10: the values behind Fig. 4a", _FIG4A, _FEWER),
         Preset("fig4b", "Fig. 4b: examples of the training", _FIG4A[:2], _FEWER),
         Preset(
+            "fig5",
+            "Fig. 5: what the feedback policies of a CNN on MNIST answer",
+            ("fig5",),
+            {"training": {"steps": 20, "eval_every": 20}},
+        ),
+        Preset(
             "fig8",
             "Fig. 8: the spectrum of the feedback policy on Gaussian clusters",
             tuple(f"fig8-{loss}-{k}" for loss in ("mmc", "ce") for k in CLUSTERS),

@@ -115,9 +115,10 @@ def test_the_images_are_those_of_the_library(shape):
     for label in range(3):
         row = int(np.flatnonzero(data.test_targets == label)[probes.IMAGE_RANK])
         target = torch.tensor(label)
+        np.testing.assert_allclose(record.values[0, 0, label], inputs[row], rtol=1e-6)
         for t in range(1, len(layers)):
             image = leading_feedback_image(optimizer, inputs[row], target, t)
-            np.testing.assert_allclose(record.values[0, t - 1, label], image, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(record.values[0, t, label], image, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", ["fcn", "cnn"])

@@ -1,0 +1,107 @@
+"""Fig. 5: what the policies of a CNN answer most strongly, as images."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from service.paper.results import Results
+from service.paper.sections import Picture, Section, Table, Value
+
+NEAR: Final = 3
+"""Classes that an image is compared with."""
+
+
+def section(results: Results) -> Section:
+    """Build the section of a preset with one sweep, whose first DDPNOpt run is shown."""
+    ((_, sweep),) = results.sweeps.items()
+    record = next(results.client.records(sweep["id"], "policy_image"))
+    images = record["values"][-1]  # (T, classes, channels, height, width)
+    accuracy = next(
+        run["accuracy"] for run in results.client.runs(sweep["id"]) if run["id"] == record["run_id"]
+    )
+    table = tuple(_rows(images))
+    return Section(
+        results.preset.name,
+        results.preset.title,
+        (
+            f"After {record['steps'][-1]} updates ({accuracy:.1f} % on the test set), the images of "
+            f"{len(images) - 1} layers for {images.shape[1]} classes.",
+            *_findings(table),
+        ),
+        (
+            Picture(
+                "fig5",
+                "A digit of each class, and under it what the policy of each layer answers most strongly: "
+                "red and blue are its two signs, each image on a scale of its own",
+                _figure(images),
+            ),
+        ),
+        (
+            Table(
+                "fig5",
+                "how the images of the policies lie to the differences between classes: cosine with the "
+                "difference between the class's example and the other's, for the nearest class",
+                ("layer", "class", "nearest", "cosine", "seen"),
+                table,
+            ),
+        ),
+        results.notes(),
+    )
+
+
+def _rows(images: NDArray[np.float64]) -> list[tuple[Value, ...]]:
+    """Return for each layer and class the other class whose difference its image is most like."""
+    shown = images.reshape(*images.shape[:2], -1)
+    rows: list[tuple[Value, ...]] = []
+    for t in range(1, len(shown)):
+        for label, image in enumerate(shown[t]):
+            cosines = {
+                other: abs(_cosine(image, shown[0, label] - shown[0, other]))
+                for other in range(shown.shape[1])
+                if other != label
+            }
+            nearest = max(cosines, key=lambda other: cosines[other])
+            seen = bool(np.isfinite(image).all() and np.any(image))
+            rows.append((t, label, nearest, cosines[nearest], "yes" if seen else "no"))
+    return rows
+
+
+def _cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    length = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(one @ other) / length if length > 0 and np.isfinite(length) else 0.0
+
+
+def _findings(table: tuple[tuple[Value, ...], ...]) -> list[str]:
+    seen = sum(row[4] == "yes" for row in table)
+    last = max(int(row[0] or 0) for row in table)
+    said = [f"{seen} of {len(table)} images are not empty."]
+    top = sorted((row for row in table if row[0] == last), key=lambda row: -float(row[3] or 0.0))[:NEAR]
+    pairs = ", ".join(f"({row[1]}, {row[2]}): {float(row[3] or 0.0):.2f}" for row in top)
+    return [*said, f"The last layer's images that are most like a difference between two digits: {pairs}."]
+
+
+def _figure(images: NDArray[np.float64]) -> Figure:
+    rows, columns = images.shape[:2]
+    figure = Figure(figsize=(0.85 * columns, 0.85 * rows + 0.2), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for t in range(rows):
+        for label in range(columns):
+            ax, image = axes[t][label], _grey(images[t, label])
+            if t == 0:
+                ax.imshow(image, cmap="gray")
+            else:
+                end = float(np.nanmax(np.abs(image))) if np.isfinite(image).any() else 0.0
+                ax.imshow(image, cmap="bwr", vmin=-(end or 1.0), vmax=end or 1.0)
+            ax.set_xticks([])
+            ax.set_yticks([])
+        axes[t][0].set_ylabel("image" if t == 0 else f"layer {t}", fontsize=7)
+    return figure
+
+
+def _grey(image: NDArray[Any]) -> NDArray[Any]:
+    """Return a picture (height, width) of a sample, whatever its channels; a line if it is none."""
+    return image.mean(axis=0) if image.ndim == 3 else image.reshape(1, -1)
