@@ -269,7 +269,7 @@ def draw(samples: list[dict[str, float]], path: Path) -> None:
         axes.plot(minutes, [sample[role] or np.nan for sample in samples], label=role, linewidth=1)
     axes.plot(minutes, [sample["database"] for sample in samples], "k:", label="database (file)", linewidth=1)
     axes.set(xlabel="minutes", ylabel="MiB", ylim=(0, None))
-    axes.legend(ncols=5, loc="upper center", frameon=False, fontsize=8)
+    axes.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
