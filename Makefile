@@ -36,8 +36,9 @@ demo: $(VENV)/.installed ## train Fig. 4a (SGD) on DIGITS through the service: o
 serve: $(VENV)/.installed ## start the service on this machine
 	$(BIN)/ddpsweep serve
 
+# Two processes, a file to each: half of the time goes into waiting for what was killed to come back.
 test: lint ## lint, types, import contracts and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

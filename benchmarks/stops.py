@@ -54,7 +54,7 @@ def measure(client: Client, document: dict[str, Any], repeats: int) -> dict[str,
         sweep_id = client.submit(json.dumps(document).encode(), "application/json")["id"]
         for act, end in ((client.pause, "paused"), (client.cancel, "cancelled")):
             wait_for_training(client, sweep_id)
-            time.sleep(random.uniform(0.2, 1.2))  # noqa: S311 - anywhere in an update
+            time.sleep(random.uniform(0.2, 1.2))  # anywhere in an update
             started = time.monotonic()
             act(sweep_id)
             name = act.__name__

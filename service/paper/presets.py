@@ -46,6 +46,12 @@ PRESETS: Final[Mapping[str, Preset]] = {
     for preset in (
         Preset("fig4a", "Fig. 4a: DDPNOpt against its baselines on DIGITS", _FIG4A, _FEWER),
         Preset("tables9-10", "Tables 9 and 10: the values behind Fig. 4a", _FIG4A, _FEWER),
+        Preset(
+            "tables6-8",
+            "Tables 6 to 8: the baselines at their best learning rates",
+            ("table6", "table7", "table8"),
+            _FEWER,
+        ),
         Preset("fig4b", "Fig. 4b: examples of the training", _FIG4A[:2], _FEWER),
         Preset(
             "fig5",
