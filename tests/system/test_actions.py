@@ -16,10 +16,13 @@ from sqlalchemy import update
 from service.client import Client
 from service.db.engine import open_engine, write
 from service.db.tables import packs
+from tests.chaos.scale import IS_FULL
 from tests.system.conftest import Running, descendants, start, stop, wait_for
 from tests.system.test_kill import SPEC, digests, recorded_once, steps_done, submit, wait_until_training
 
 pytestmark = pytest.mark.ray
+
+PAUSE_S = 60 if IS_FULL else 2
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,7 @@ def workers(service: Running) -> list[int]:
     return found
 
 
+@pytest.mark.chaos
 def test_pause_and_resume(service: Running, client: Client, undisturbed: list[tuple[Any, ...]]) -> None:
     sweep_id = submit(client)
     for _ in range(2):
@@ -70,7 +74,7 @@ def test_pause_and_resume(service: Running, client: Client, undisturbed: list[tu
         assert paused["packs_running"] == 0
         wait_for(lambda: not workers(service), 30)
         before = client.sweep(sweep_id)["usage"]
-        time.sleep(2)
+        time.sleep(PAUSE_S)
         assert client.sweep(sweep_id)["usage"] == before
         assert client.resume(sweep_id)["state"] == "running"
     last = list(client.watch(sweep_id))[-1]
