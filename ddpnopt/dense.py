@@ -16,13 +16,22 @@ def required_bytes(shapes: Sequence[tuple[int, ...]], batch: int, item: int) -> 
         batch: B.
         item: bytes of a number.
     """
-    kept, largest = 0, 0
+    gains = [o * i * (1 + (batch * i if t > 0 else 0)) for t, (o, i) in enumerate(shapes)]
+    return (sum(gains) + max(working_numbers(shapes, batch))) * item
+
+
+def working_numbers(shapes: Sequence[tuple[int, ...]], batch: int) -> list[int]:
+    """Estimate the numbers of one run's matrices in each layer's turn: Q_uu, Q_uX, V_XX and their like.
+
+    Args:
+        shapes: (o, ī) of t = 0..T-1.
+        batch: B.
+    """
+    found = []
     for t, (outputs, inputs) in enumerate(shapes):
         p, before, after = outputs * inputs, batch * inputs if t > 0 else 0, batch * outputs
-        kept += p * (1 + before)
-        working = 3 * p * p + 2 * p * after + 4 * p * before + 5 * after * after + 3 * before * before
-        largest = max(largest, working)
-    return (kept + largest) * item
+        found.append(3 * p * p + 2 * p * after + 4 * p * before + 5 * after * after + 3 * before * before)
+    return found
 
 
 def too_large(shapes: Sequence[tuple[int, ...]], batch: int, need: int, limit: int) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, event, update
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
-from ddpnopt.config import PairedBaseline
+from ddpnopt.config import Baseline
 from service.app import create_app
 from service.config import MAX_BODY_BYTES, Settings
 from service.db.engine import write
@@ -377,7 +377,7 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
     schemas = document["components"]["schemas"]
     assert set(schemas["SweepSpec"]["properties"]) == set(SweepSpec.model_fields)
     variants = schemas["SweepSpec"]["properties"]["grids"]["items"]
-    assert set(variants["discriminator"]["mapping"]) == set(get_args(PairedBaseline))
+    assert set(variants["discriminator"]["mapping"]) == set(get_args(Baseline))
     assert "setting" in schemas["Heatmap"]["properties"]
     text = json.dumps(document)
     assert "HTTPValidationError" not in text
