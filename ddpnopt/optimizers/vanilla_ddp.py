@@ -16,7 +16,8 @@ Everything is solved by the Cholesky factor of Q_uu = L Lᵀ. Where Q_uu is not 
 update is NaN from this layer on.
 
 Memory grows by p² + p·B·n + (B·n)² for a layer of p controls and n states (Table 4): a net that does not fit
-`memory_limit` is refused before anything is made. Fully connected layers alone (the paper: N/A for CNNs).
+`memory_limit`, by the count of `ddpnopt/dense.py`, is refused before anything is made. Fully connected layers
+alone (the paper: N/A for CNNs).
 
 Index legend: t layer, r run in the pack, b sample, o outputs, i inputs, ī inputs and the constant one,
 p controls o·ī in a row, K columns.
