@@ -19,6 +19,7 @@ Baseline = Literal["sgd", "rmsprop", "adam", "kfac", "ekfac", "sgd_vgr", "emsa",
 Convention = Literal["batch_mean", "per_sample"]
 DType = Literal["float32", "float64"]
 Dynamics = Literal["first_order", "second_order"]
+LoneBaseline = Literal["sgd_vgr", "emsa", "vanilla_ddp"]
 Loss = Literal["cross_entropy", "mse", "mmc"]
 Method = Literal["baseline", "ddpnopt"]
 ModelKind = Literal["fcn", "cnn"]
@@ -54,6 +55,8 @@ EVAL_CHUNK: Final = 512
 MAX_WIDTH: Final = 8192
 MAX_DEPTH: Final = 64
 MAX_STEPS: Final = 10_000_000
+MAX_LBFGS_STEPS: Final = 10_000
+MAX_MEMORY_LIMIT: Final = 2**63 - 1
 MAX_SEED: Final = 2**63 - 1
 
 
@@ -269,8 +272,8 @@ class BaselineOptions:
             _finite(name, getattr(self, name), above_zero=False)
         _one_of("second_moment", self.second_moment, SecondMoment)
         _whole("inverse_every", self.inverse_every, 1, MAX_STEPS)
-        _whole("lbfgs_steps", self.lbfgs_steps, 1, 10_000)
-        _whole("memory_limit", self.memory_limit, 1, 2**63 - 1)
+        _whole("lbfgs_steps", self.lbfgs_steps, 1, MAX_LBFGS_STEPS)
+        _whole("memory_limit", self.memory_limit, 1, MAX_MEMORY_LIMIT)
 
     def check(self, baseline: str) -> None:
         """Refuse what a baseline has no use for.

@@ -25,6 +25,15 @@ SMALL_SPEC: dict[str, Any] = {
     "grids": [{"baseline": "sgd", "learning_rate": [0.1, 0.5], "vxx_reg": [1e-4, 1e-3]}],
 }
 
+ALONE: list[dict[str, Any]] = [
+    {"baseline": "sgd", "learning_rate": [0.1, 0.5], "vxx_reg": [1e-4, 1e-3]},
+    {"baseline": "adam", "learning_rate": [0.01], "vxx_reg": [], "options": {"eps": 1e-6}},
+    {"baseline": "sgd_vgr", "learning_rate": [0.5, 0.1]},
+    {"baseline": "emsa", "learning_rate": [1.0], "options": {"lbfgs_steps": 2}},
+    {"baseline": "vanilla_ddp", "learning_rate": [0.5]},
+]
+"""Grids with cells and without: 18 + 3 + 6 + 3 + 3 runs of three seeds."""
+
 STORED_BEFORE: dict[str, Any] = {
     "name": "stored before",
     "dataset": "wine",

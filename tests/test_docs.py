@@ -86,7 +86,7 @@ def test_the_losses_are_all_told() -> None:
 def test_the_options_of_the_baselines_are_all_told() -> None:
     """Names, defaults and whose they are, in the order in which the numerics declare them."""
     told = table("| option of the baseline |")
-    baselines = get_args(config.PairedBaseline)
+    baselines = get_args(config.Baseline)
     options = {name for baseline in baselines for name in config.OPTIONS_OF[baseline]}
     assert list(told) == [f.name for f in fields(config.BaselineOptions) if f.name in options]
     for f in fields(config.BaselineOptions):
@@ -95,6 +95,23 @@ def test_the_options_of_the_baselines_are_all_told() -> None:
             assert default == written(list(f.default) if isinstance(f.default, tuple) else f.default)
             having = [name for name in baselines if f.name in config.OPTIONS_OF[name]]
             assert owners == ("all" if len(having) == len(baselines) else ", ".join(having))
+
+
+def test_every_baseline_is_named() -> None:
+    text = README.split("### The spec", 1)[1].split("### ", 1)[0]
+    (paired,) = re.findall(r"- baseline: sgd +# (.*)", text)
+    assert tuple(paired.split(", ")) == get_args(config.PairedBaseline)
+    (words,) = re.findall(r"^A grid may also do without a partner.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    named = [word for word in re.findall(r"`(\w+)`", words) if word in get_args(config.Baseline)]
+    assert tuple(named) == get_args(config.LoneBaseline)
+
+
+def test_the_readmes_grid_without_a_partner_is_good() -> None:
+    (line,) = re.findall(r"```yaml\n  - ({baseline: .*})\n```", README)
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "grids:" in b]
+    document = parse_yaml(block.encode())
+    spec = parse_spec(document | {"grids": [parse_yaml(line.encode())]})
+    assert plan(spec).runs_total == 20
 
 
 def test_the_options_of_ddpnopt_are_all_told() -> None:

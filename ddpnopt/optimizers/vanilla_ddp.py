@@ -16,7 +16,8 @@ Everything is solved by the Cholesky factor of Q_uu = L Lᵀ. Where Q_uu is not 
 update is NaN from this layer on.
 
 Memory grows by p² + p·B·n + (B·n)² for a layer of p controls and n states (Table 4): a net that does not fit
-`memory_limit` is refused before anything is made. Fully connected layers alone (the paper: N/A for CNNs).
+`memory_limit`, by the count of `ddpnopt/dense.py`, is refused before anything is made. Fully connected layers
+alone (the paper: N/A for CNNs).
 
 Index legend: t layer, r run in the pack, b sample, o outputs, i inputs, ī inputs and the constant one,
 p controls o·ī in a row, K columns.
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ddpnopt import linalg
+from ddpnopt.dense import required_bytes, too_large
 from ddpnopt.errors import ConfigError
 from ddpnopt.layers.base import Jacobian, Shape
 from ddpnopt.layers.linear import Linear
@@ -82,9 +84,10 @@ class VanillaDDP:
         """
         runs, batch = targets.shape[:2]
         limit = self.members.config.options.memory_limit
-        need = required_bytes([tuple(u.shape[1:]) for u in controls], batch, controls[0].element_size())
+        shapes = [tuple(u.shape[1:]) for u in controls]
+        need = required_bytes(shapes, batch, controls[0].element_size())
         if need > limit:
-            raise ConfigError("memory_limit", limit, _too_large(controls, batch, need, limit))
+            raise ConfigError("memory_limit", limit, too_large(shapes, batch, need, limit))
         chunk = limit // need
         traces = []
         for start in range(0, runs, chunk):
@@ -262,33 +265,6 @@ def pull_joint(pull: PullBack, rows: Tensor, batch: int, shape: Shape) -> Tensor
     by_sample = rows.reshape(runs, count, batch, -1).transpose(1, 2)
     pulled = pull(by_sample.reshape(runs, batch, count, *shape)).flatten(3)
     return pulled.transpose(1, 2).flatten(2)
-
-
-def required_bytes(shapes: Sequence[tuple[int, ...]], batch: int, item: int) -> int:
-    """Estimate what the matrices of one run take at their most.
-
-    Args:
-        shapes: (o, ī) of t = 0..T-1.
-        batch: B.
-        item: bytes of a number.
-    """
-    kept, largest = 0, 0
-    for t, (outputs, inputs) in enumerate(shapes):
-        p, before, after = outputs * inputs, batch * inputs if t > 0 else 0, batch * outputs
-        kept += p * (1 + before)
-        working = 3 * p * p + 2 * p * after + 4 * p * before + 5 * after * after + 3 * before * before
-        largest = max(largest, working)
-    return (kept + largest) * item
-
-
-def _too_large(controls: Controls, batch: int, need: int, limit: int) -> str:
-    sizes = [u[0].numel() for u in controls]
-    t = max(range(len(sizes)), key=sizes.__getitem__)
-    return (
-        f"at least {need}: one run's dense matrices take {need / 2**30:.3g} GiB, over the limit of "
-        f"{limit / 2**30:.3g} GiB, for layer {t}'s {sizes[t]} controls and batches of {batch}; "
-        "make the layers narrower or the batch smaller, or raise the limit"
-    )
 
 
 def _part(rates: Rates, part: slice) -> Rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any, Final
 
 from rich.console import Console, Group
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.results import figures
-from service.results.statistics import CellState, Heatmap
+from service.results.statistics import CellState, Heatmap, Summary, SummaryRow
 from service.text import plain
 
 STYLES: Final = {
@@ -199,7 +200,43 @@ def heatmap_table(heatmap: Heatmap) -> Group:
     for rate, line in figures.rows(heatmap):
         cells = [Text(figures.label(cell, digits), STYLES[cell.state]) for cell in line]
         table.add_row(f"{rate:g}", *cells)
-    heading = Text(figures.title(heatmap), "bold")
-    for words in figures.subtitle(heatmap):
+    return Group(_heading(figures.title(heatmap), figures.subtitle(heatmap)), table)
+
+
+def _heading(title: str, subtitle: Iterable[str]) -> Text:
+    heading = Text(title, "bold")
+    for words in subtitle:
         heading.append(f"\n{words}", "not bold dim")
-    return Group(heading, table)
+    return heading
+
+
+def summary_tables(summary: Summary) -> Group:
+    """Return a summary as headed tables, one of each grid."""
+    tables = [
+        _summary_table(list(rows), summary.metric) for _, rows in groupby(summary.rows, lambda row: row.grid)
+    ]
+    return Group(*tables)
+
+
+def _summary_table(rows: list[SummaryRow], metric: str) -> Group:
+    table = Table(pad_edge=False)
+    for name in ("method", "lr", "ε", "n", "diverged", "mean", "sd", "95 %", "min", "max"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.learning_rate:g}",
+            "" if row.vxx_reg is None else f"{row.vxx_reg:g}",
+            f"{row.n}/{row.n_total}",
+            str(row.n_diverged),
+            _number(row.mean),
+            _number(row.sd),
+            "·" if row.ci_low is None else f"{_number(row.ci_low)} … {_number(row.ci_high)}",
+            _number(row.min),
+            _number(row.max),
+        )
+    return Group(_heading(figures.summary_title(rows[0].baseline, metric), figures.subtitle(rows[0])), table)
+
+
+def _number(value: float | None) -> str:
+    return "·" if value is None else f"{value:.4g}"

@@ -17,14 +17,14 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
+from rich.console import Console, Group
 
 from service import __version__
 from service.cli import display
 from service.client import Client, DDPSweepClientError, InvalidInput
 from service.config import DEFAULT_PORT, Settings
 from service.errors import ServiceError
-from service.results.statistics import Heatmap
+from service.results.statistics import Heatmap, Summary
 from service.text import plain
 
 app = typer.Typer(
@@ -38,12 +38,18 @@ app.add_typer(team_app, name="team")
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 PICTURES: Final = (".png", ".svg", ".pdf")
+SHOWN_METRICS: Final = ("train_loss", "accuracy")
+"""Of a sweep, unless others are named."""
 LOGS_SHOWN: Final = 10
 LOG_EXCERPT: Final = 4000
 """Characters of each log where several are shown."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SweepId = Annotated[str, typer.Argument(help="A sweep's id.", metavar="ID")]
+MetricNames = Annotated[
+    list[str] | None, typer.Option(help="Repeat for several; train_loss and accuracy if not given.")
+]
+WhichGrid = Annotated[int | None, typer.Option(min=0, help="Which grid, by its position, from 0.")]
 SpecFile = Annotated[
     Path, typer.Argument(help="A spec, YAML or JSON; - reads standard input.", metavar="SPEC")
 ]
@@ -70,6 +76,11 @@ def fail(message: str, code: int) -> NoReturn:
     """Print one line and leave."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)
+
+
+def say(message: str) -> None:
+    """Print a line that is no result."""
+    print(message, file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:
@@ -342,7 +353,7 @@ def show(
     sweep_id: SweepId,
     as_json: AsJson = False,
 ) -> None:
-    """Show one sweep: its state and its heatmaps as tables."""
+    """Show one sweep: its state, and its heatmaps as tables or, of a baseline alone, a summary."""
     with _client() as client:
         sweep = client.sweep(sweep_id)
         if as_json:
@@ -351,36 +362,72 @@ def show(
         out.print(display.sweep_table([sweep]))
         if sweep["error"]:
             out.print(f"{sweep['failed_packs']} packs failed: {plain(sweep['error'])}", markup=False)
-        for grid in range(len(sweep["spec"]["grids"])):
-            for metric in ("train_loss", "accuracy"):
-                out.print(display.heatmap_table(client.heatmap(sweep_id, metric=metric, grid=grid)))
+        for position, grid in enumerate(sweep["spec"]["grids"]):
+            for metric in SHOWN_METRICS:
+                out.print(_grid_table(client, sweep_id, metric, position, paired=_has_cells(grid)))
+
+
+def _has_cells(grid: dict[str, Any]) -> bool:
+    """Tell whether a grid of a stored spec has runs of DDPNOpt to compare the baseline with."""
+    return bool(grid["vxx_reg"])
+
+
+def _grid_table(client: Client, sweep_id: str, metric: str, grid: int, *, paired: bool) -> Group:
+    if paired:
+        return display.heatmap_table(client.heatmap(sweep_id, metric=metric, grid=grid))
+    return display.summary_tables(client.summary(sweep_id, metric=metric, grid=grid))
+
+
+@app.command()
+def summary(
+    sweep_id: SweepId,
+    metric: MetricNames = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Which grids, by their baseline; all grids if neither is given.")
+    ] = None,
+    grid: WhichGrid = None,
+    as_json: AsJson = False,
+) -> None:
+    """Summarise each kind of run over its seeds: mean, spread, how many ended and diverged."""
+    with _client() as client:
+        answers = [
+            client.summary_json(sweep_id, metric=m, baseline=baseline, grid=grid)
+            for m in metric or SHOWN_METRICS
+        ]
+    if as_json:
+        print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=2))
+        return
+    for answer in answers:
+        out.print(display.summary_tables(Summary.from_json(answer)))
 
 
 @app.command()
 def heatmap(
     sweep_id: SweepId,
     to: Annotated[Path, typer.Option("--out", help="F.png, .svg, .pdf, .html or .json.", metavar="F")],
-    metric: Annotated[
-        list[str] | None, typer.Option(help="Repeat for several; train_loss and accuracy if not given.")
-    ] = None,
+    metric: MetricNames = None,
     baseline: Annotated[
         str | None, typer.Option(help="Which grid, by its baseline; all grids if neither is given.")
     ] = None,
-    grid: Annotated[int | None, typer.Option(min=0, help="Which grid, by its position, from 0.")] = None,
+    grid: WhichGrid = None,
 ) -> None:
-    """Draw a sweep's heatmaps into a file."""
+    """Draw a sweep's heatmaps into a file; what has none, since a baseline is alone, is left out."""
     kind = to.suffix.lower()
     if kind not in (*PICTURES, ".html", ".json"):
         fail(f"--out: got {to.name!r}; allowed: a name that ends in .png, .svg, .pdf, .html or .json", 2)
-    metrics = metric or ["train_loss", "accuracy"]
+    metrics = metric or SHOWN_METRICS
     with _client() as client:
-        every = baseline is None and grid is None
-        chosen = range(len(client.sweep(sweep_id)["spec"]["grids"])) if every else [grid]
+        chosen = _panels(client, sweep_id) if baseline is None and grid is None else [grid]
         answers = [
             client.heatmap_json(sweep_id, metric=m, baseline=baseline, grid=g)
             for m in metrics
             for g in chosen
         ]
+        if not answers:
+            say(f"sweep {sweep_id} has no heatmap, since no grid of it trains DDPNOpt: here is its summary")
+            for m in metrics:
+                out.print(display.summary_tables(client.summary(sweep_id, metric=m)))
+            return
     if kind == ".json":
         text = json.dumps(answers[0] if len(answers) == 1 else answers, indent=2)
         _write(to, lambda path: path.write_text(text + "\n"))
@@ -394,6 +441,19 @@ def heatmap(
         from service.results import plots
 
         _write(to, lambda path: plots.save(panels, path))
+
+
+def _panels(client: Client, sweep_id: str) -> list[int]:
+    """Return the positions of a sweep's grids that have cells; say which are left out if some are."""
+    grids = client.sweep(sweep_id)["spec"]["grids"]
+    found = [position for position, grid in enumerate(grids) if _has_cells(grid)]
+    if found:
+        for position in sorted(set(range(len(grids))) - set(found)):
+            say(
+                f"grid {position} ({grids[position]['baseline']}) trains no DDPNOpt and has no heatmap: "
+                f"`ddpsweep summary {sweep_id} --grid {position}`"
+            )
+    return found
 
 
 def _write(to: Path, save: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import httpx
 import numpy as np
 
-from service.results.statistics import Heatmap
+from service.results.statistics import Heatmap, Summary
 
 TRIES: Final = 3
 OVER: Final = frozenset({"completed", "failed", "cancelled"})
@@ -131,6 +131,14 @@ class Client:
     def heatmap(self, sweep_id: str, **query: Any) -> Heatmap:
         """Return a panel."""
         return Heatmap.from_json(self.heatmap_json(sweep_id, **query))
+
+    def summary_json(self, sweep_id: str, **query: Any) -> dict[str, Any]:
+        """Return a summary of a sweep's runs as the API answers it; query: metric, baseline, grid."""
+        return self._get(f"{_path(sweep_id)}/summary", **query)
+
+    def summary(self, sweep_id: str, **query: Any) -> Summary:
+        """Return a summary of a sweep's runs, of all grids if none is named."""
+        return Summary.from_json(self.summary_json(sweep_id, **query))
 
     def runs(self, sweep_id: str) -> Iterator[dict[str, Any]]:
         """Yield every run of a sweep, page by page."""

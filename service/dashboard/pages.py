@@ -22,6 +22,7 @@ from service.results.queries import heatmap
 from service.sweeps import queries
 from service.sweeps.endpoints import Position
 from service.sweeps.schemas import Sweep
+from service.sweeps.spec import SweepSpec
 
 HERE: Final = Path(__file__).parent
 LISTED: Final = 100
@@ -53,7 +54,7 @@ def ago(moment: datetime) -> str:
     return f"{duration((datetime.now(UTC) - moment).total_seconds())} ago"
 
 
-templates.env.filters |= {"duration": duration, "ago": ago}
+templates.env.filters |= {"duration": duration, "ago": ago, "spread": figures.spread}
 templates.env.globals |= {
     "version": __version__,
     "SHOWN_PACKS": views.SHOWN_PACKS,
@@ -131,8 +132,9 @@ def _sweeps(connection: Connection) -> list[Sweep]:
 
 def _sweep(connection: Connection, sweep_id: str) -> dict[str, Any]:
     sweep = Sweep.of(queries.get(connection, sweep_id))
+    checked = SweepSpec.model_validate(sweep.spec)
     panels = []
-    for grid in range(len(sweep.spec["grids"])):
+    for grid in (position for position, grid in enumerate(checked.grids) if grid.has_cells):
         for metric in METRICS:
             panel = heatmap(connection, sweep_id, metric, grid=grid)
             digits = figures.digits(panel)
@@ -155,6 +157,7 @@ def _sweep(connection: Connection, sweep_id: str) -> dict[str, Any]:
     return {
         "sweep": sweep,
         "panels": panels,
+        "lone_tables": views.lone_tables(connection, sweep_id, checked, METRICS),
         "spec": spec,
         "buttons": views.buttons(sweep),
         "packs": shown,

@@ -1,8 +1,10 @@
-"""What the pages show of packs and of the cluster: bounded queries, so that a page's cost has a limit."""
+"""What the pages show of baselines alone, packs and the cluster: bounded queries, so that a page is cheap."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Final
 
 from sqlalchemy import Connection
@@ -10,8 +12,12 @@ from sqlalchemy import Connection
 from service.cluster.endpoints import Cluster, cluster_view
 from service.dispatch.states import Action, PackState
 from service.errors import NotFoundError
+from service.results import figures
+from service.results.queries import summary_of
+from service.results.statistics import SummaryRow
 from service.sweeps import packs
 from service.sweeps.schemas import Pack, Sweep
+from service.sweeps.spec import SweepSpec
 from service.text import last_lines, plain
 
 SHOWN_PACKS: Final = 50
@@ -57,6 +63,44 @@ class PackLog:
     attempt: int
     log: str
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoneTable:
+    """The summary of a grid whose baseline is trained alone.
+
+    Attributes:
+        columns: what is shown.
+        rows: for each learning rate its row of each column; how many runs there are, all of them tell alike.
+    """
+
+    grid: int
+    title: str
+    setting: str
+    columns: list[str]
+    rows: list[tuple[SummaryRow, ...]]
+
+
+def lone_tables(
+    connection: Connection, sweep_id: str, spec: SweepSpec, metrics: Sequence[str]
+) -> list[LoneTable]:
+    """Summarise the grids that have no cells; one query for each metric, none if there is no such grid."""
+    bare = [position for position, grid in enumerate(spec.grids) if not grid.has_cells]
+    if not bare:
+        return []
+    summaries = [summary_of(connection, sweep_id, spec, metric, bare).rows for metric in metrics]
+    columns = [figures.VALUES[metric] for metric in metrics]
+    by_grid = groupby(zip(*summaries, strict=True), lambda rows: rows[0].grid)
+    return [
+        LoneTable(
+            position,
+            figures.BASELINES[spec.grids[position].baseline],
+            spec.grids[position].setting(),
+            columns,
+            list(rows),
+        )
+        for position, rows in by_grid
+    ]
 
 
 def buttons(sweep: Sweep) -> list[Button]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from service.http import Reading, problems
 from service.results import queries, records
 from service.results.schemas import CurvesOut, RecordsPage, RunOut, RunPage
-from service.results.statistics import Heatmap
+from service.results.statistics import Heatmap, Summary
 
 router = APIRouter(prefix="/api/v1/sweeps/{sweep_id}", tags=["results"], responses=problems(404, 422, 503))
 
@@ -46,6 +46,18 @@ def get_heatmap(
 ) -> Heatmap:
     """Compare DDPNOpt with its baseline in every cell, from the results that are there."""
     return queries.heatmap(connection, sweep_id, metric, baseline, grid)
+
+
+@router.get("/summary")
+def get_summary(
+    sweep_id: str,
+    connection: Reading,
+    metric: Metric = "train_loss",
+    baseline: Baseline = None,
+    grid: Grid = None,
+) -> Summary:
+    """Summarise each kind of run over its seeds, those of baselines alone as well; of all grids that fit."""
+    return queries.summary(connection, sweep_id, metric, baseline, grid)
 
 
 @router.get("/curves")

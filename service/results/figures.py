@@ -1,4 +1,4 @@
-"""The heatmap as a plotly figure (a plain dictionary, for page and export) and as a printed table.
+"""The heatmap as a plotly figure (a plain dictionary, for page and export), and the words of printed tables.
 
 Blue is positive, red negative, symmetric about zero, as in the paper's Fig. 4a. A cell whose interval holds
 zero is set in brackets and pale; a cell with diverged runs says how many.
@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, Final
 
-from service.results.statistics import Cell, CellState, Heatmap
+from service.results.statistics import Cell, CellState, Heatmap, SummaryRow
 
 TITLES: Final = {
     "train_loss": "training loss",
@@ -18,7 +18,17 @@ TITLES: Final = {
     "test_loss": "test loss",
     "accuracy": "test accuracy (percent points)",
 }
-BASELINES: Final = {"sgd": "SGD", "rmsprop": "RMSprop", "adam": "Adam", "kfac": "KFAC", "ekfac": "EKFAC"}
+VALUES: Final = TITLES | {"train_accuracy": "training accuracy (%)", "accuracy": "test accuracy (%)"}
+BASELINES: Final = {
+    "sgd": "SGD",
+    "rmsprop": "RMSprop",
+    "adam": "Adam",
+    "kfac": "KFAC",
+    "ekfac": "EKFAC",
+    "sgd_vgr": "SGD-VGR",
+    "emsa": "E-MSA",
+    "vanilla_ddp": "Vanilla DDP",
+}
 SUBTITLE: Final = 50
 """Letters that fit a line under a panel's title."""
 SURE: Final = frozenset({CellState.BETTER, CellState.WORSE})
@@ -38,9 +48,21 @@ def title(heatmap: Heatmap) -> str:
     return f"DDPNOpt vs {BASELINES[heatmap.baseline]}: {TITLES[heatmap.metric]}"
 
 
-def subtitle(heatmap: Heatmap) -> list[str]:
+def subtitle(grid: Heatmap | SummaryRow) -> list[str]:
     """Return the lines that say what the grid sets, for under the heading; none if nothing."""
-    return textwrap.wrap(heatmap.setting, SUBTITLE)
+    return textwrap.wrap(grid.setting, SUBTITLE)
+
+
+def summary_title(baseline: str, metric: str) -> str:
+    """Return the heading of a grid's summary."""
+    return f"{BASELINES[baseline]}: {VALUES[metric]}"
+
+
+def spread(row: SummaryRow) -> str:
+    """Return mean ± standard deviation, as far as there are any."""
+    if row.mean is None:
+        return "·"
+    return f"{row.mean:.4g}" if row.sd is None else f"{row.mean:.4g} ± {row.sd:.3g}"
 
 
 def largest(heatmap: Heatmap) -> float:

@@ -1,8 +1,8 @@
-"""SQL of results: one indexed query for a heatmap, one for a page of runs, one for curves."""
+"""SQL of results: one indexed query for a heatmap or a summary, one for a page of runs, one for curves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ from sqlalchemy import Connection, and_, select
 from ddpnopt.results import METRICS, TEST_METRICS
 from service.db.tables import curves, grids, packs, results, runs
 from service.errors import FieldError, InvalidInputError
-from service.results.statistics import Heatmap, Outcome, cells
+from service.results.statistics import Heatmap, Outcome, Summary, cells, summary_rows
 from service.sweeps import queries as sweep_queries
 from service.sweeps.documents import shown
 from service.sweeps.spec import SweepSpec
@@ -53,11 +53,11 @@ def check_metric(metric: str) -> str:
     return metric
 
 
-def choose_grid(spec: SweepSpec, baseline: str | None, grid: int | None) -> int:
-    """Return the position of the grid that is meant.
+def fitting_grids(spec: SweepSpec, baseline: str | None, grid: int | None) -> list[int]:
+    """Return the positions of the grids that may be meant: of all if nothing is said.
 
     Raises:
-        InvalidInputError: if there is none, or more than one.
+        InvalidInputError: if there is none.
     """
     if grid is not None and not 0 <= grid < len(spec.grids):
         raise _refuse("grid", grid, f"a whole number from 0 to {len(spec.grids) - 1}")
@@ -67,12 +67,54 @@ def choose_grid(spec: SweepSpec, baseline: str | None, grid: int | None) -> int:
         if grid in (None, position) and baseline in (None, candidate.baseline)
     ]
     if not fitting:
-        there = ", ".join(_named(spec, position) for position in range(len(spec.grids)))
+        there = _listed(spec, range(len(spec.grids)))
         raise _refuse("baseline", baseline, f"the baseline of a grid of this sweep: {there}")
+    return fitting
+
+
+def choose_grid(spec: SweepSpec, baseline: str | None, grid: int | None) -> int:
+    """Return the position of the grid that is meant.
+
+    Raises:
+        InvalidInputError: if there is none, or more than one.
+    """
+    return _only(spec, fitting_grids(spec, baseline, grid), grid)
+
+
+def choose_panel(spec: SweepSpec, baseline: str | None, grid: int | None) -> int:
+    """Return the position of the grid that is meant, of those that have cells.
+
+    Raises:
+        InvalidInputError: if there is none, or more than one.
+    """
+    fitting = fitting_grids(spec, baseline, grid)
+    panels = [position for position in fitting if spec.grids[position].has_cells]
+    if not panels:
+        by_baseline = grid is None and baseline is not None
+        raise _refuse(
+            "baseline" if by_baseline else "grid",
+            baseline if by_baseline else grid,
+            _instead_of(spec, fitting),
+        )
+    return _only(spec, panels, grid)
+
+
+def _instead_of(spec: SweepSpec, bare: Sequence[int]) -> str:
+    """Say which grids have cells, and why these do not."""
+    others = [position for position, grid in enumerate(spec.grids) if grid.has_cells]
+    allowed = f"one of {_listed(spec, others)}" if others else "none of this sweep's grids"
+    there = f"there are no runs of DDPNOpt in {_listed(spec, bare)}; ask for the summary"
+    return f"{allowed}: a heatmap compares DDPNOpt with its baseline, and {there}"
+
+
+def _only(spec: SweepSpec, fitting: Sequence[int], grid: int | None) -> int:
     if len(fitting) > 1:
-        there = ", ".join(_named(spec, position) for position in fitting)
-        raise _refuse("grid", grid, f"one of {there}, since several grids fit")
+        raise _refuse("grid", grid, f"one of {_listed(spec, fitting)}, since several grids fit")
     return fitting[0]
+
+
+def _listed(spec: SweepSpec, positions: Sequence[int]) -> str:
+    return ", ".join(_named(spec, position) for position in positions)
 
 
 def _named(spec: SweepSpec, position: int) -> str:
@@ -88,11 +130,11 @@ def heatmap(
 
     Raises:
         NotFoundError: if there is no such sweep.
-        InvalidInputError: if the metric is unknown or the grid is not one.
+        InvalidInputError: if the metric is unknown, or the grid is not one or has no cells.
     """
     column = METRIC_COLUMNS[check_metric(metric)]
     spec = sweep_queries.spec_of(connection, sweep_id)
-    position = choose_grid(spec, baseline, grid)
+    position = choose_panel(spec, baseline, grid)
     rows = connection.execute(
         select(runs.c.learning_rate, runs.c.vxx_reg, runs.c.seed, column)
         .join(grids, grids.c.id == runs.c.grid_id)
@@ -111,6 +153,49 @@ def heatmap(
         cells(chosen.learning_rate, chosen.vxx_reg, (Outcome(*row) for row in rows), metric),
         chosen.setting(),
     )
+
+
+def summary(
+    connection: Connection, sweep_id: str, metric: str, baseline: str | None = None, grid: int | None = None
+) -> Summary:
+    """Summarise the runs of all grids that fit, from the results that are there.
+
+    Raises:
+        NotFoundError: if there is no such sweep.
+        InvalidInputError: if the metric is unknown or no grid fits.
+    """
+    check_metric(metric)
+    spec = sweep_queries.spec_of(connection, sweep_id)
+    return summary_of(connection, sweep_id, spec, metric, fitting_grids(spec, baseline, grid))
+
+
+def summary_of(
+    connection: Connection, sweep_id: str, spec: SweepSpec, metric: str, positions: Sequence[int]
+) -> Summary:
+    """Summarise the runs of the grids at some positions of a sweep's spec."""
+    rows = connection.execute(
+        select(grids.c.position, runs.c.learning_rate, runs.c.vxx_reg, runs.c.seed, METRIC_COLUMNS[metric])
+        .join(grids, grids.c.id == runs.c.grid_id)
+        .join(results, results.c.run_id == runs.c.id)
+        .where(grids.c.sweep_id == sweep_id, grids.c.position.in_(positions))
+    )
+    outcomes: dict[int, list[Outcome]] = {position: [] for position in positions}
+    for position, *outcome in rows:
+        outcomes[position].append(Outcome(*outcome))
+    found = (
+        summary_rows(
+            chosen.learning_rate,
+            chosen.vxx_reg,
+            outcomes[position],
+            len(spec.seed_list()),
+            grid=position,
+            baseline=chosen.baseline,
+            setting=chosen.setting(),
+        )
+        for position in positions
+        for chosen in (spec.grids[position],)
+    )
+    return Summary(sweep_id, spec.name, metric, tuple(row for grid in found for row in grid))
 
 
 def run_page(connection: Connection, sweep_id: str, after: int, limit: int) -> list[dict[str, Any]]:

@@ -1,9 +1,12 @@
-"""Paired statistics of one heatmap. Pure: rows in, cells out.
+"""Paired statistics of one heatmap, and a summary of each kind of run. Pure: rows in, cells out.
 
 A cell compares the DDPNOpt run with its baseline on each seed. A pair counts where both runs ended with a
 finite metric; diverged runs are counted beside it and never averaged away. The interval is Student's, 95 %,
 over the paired differences; the p-value is that of the paired t-test, and the q-value corrects it over the
 panel's cells (Benjamini & Hochberg 1995).
+
+A summary compares nothing: it is over the runs of one method, learning rate and ε, those of a baseline alone
+as well. Its interval is Student's of their mean.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -42,7 +46,7 @@ class CellState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run's part in a heatmap.
+    """One run's part in a heatmap or a summary.
 
     Attributes:
         vxx_reg: None for a baseline.
@@ -118,6 +122,61 @@ class Heatmap:
         return cls(**rest | {"cells": panel})
 
 
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """The runs of one method, learning rate and ε, over the seeds.
+
+    Attributes:
+        grid: position in the spec.
+        setting: what the grid sets besides its axes, as `rho 0.98, safeguard psd`.
+        vxx_reg: None for a baseline.
+        n: runs that ended with a finite metric, which all of the following are over.
+        n_ended: runs that ended, those included that diverged.
+        n_total: runs that the sweep has.
+        mean: None without any such run, as are `min` and `max`.
+        sd: standard deviation of the sample; None below two runs.
+        ci_low: lower end of the mean's 95 % interval; None below two runs.
+    """
+
+    grid: int
+    baseline: str
+    setting: str
+    method: str
+    learning_rate: float
+    vxx_reg: float | None
+    n: int
+    n_ended: int
+    n_diverged: int
+    n_total: int
+    mean: float | None
+    sd: float | None
+    ci_low: float | None
+    ci_high: float | None
+    min: float | None
+    max: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One metric of every kind of run of a sweep, or of some of its grids.
+
+    Attributes:
+        name: of the sweep.
+        rows: grid by grid, the baseline's before its partner's, each in the order of the spec.
+    """
+
+    sweep_id: str
+    name: str
+    metric: str
+    rows: tuple[SummaryRow, ...]
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Summary:
+        """Read the API's answer."""
+        rest = {f.name: document[f.name] for f in fields(cls)}
+        return cls(**rest | {"rows": tuple(SummaryRow(**row) for row in document["rows"])})
+
+
 def cells(
     learning_rates: Sequence[float],
     vxx_regs: Sequence[float],
@@ -132,9 +191,7 @@ def cells(
         outcomes: of every run of the grid that has ended, in any order.
         metric: one of `ddpnopt.results.METRICS`; decides which direction is better.
     """
-    table: dict[tuple[float, float | None], dict[int, float | None]] = defaultdict(dict)
-    for outcome in outcomes:
-        table[outcome.learning_rate, outcome.vxx_reg][outcome.seed] = outcome.value
+    table = _by_kind(outcomes)
     sign = 1.0 if metric in HIGHER_IS_BETTER else -1.0
     panel = [
         _cell(learning_rate, vxx_reg, table[learning_rate, None], table[learning_rate, vxx_reg], sign)
@@ -142,6 +199,14 @@ def cells(
         for vxx_reg in vxx_regs
     ]
     return _corrected(panel)
+
+
+def _by_kind(outcomes: Iterable[Outcome]) -> dict[tuple[float, float | None], dict[int, float | None]]:
+    """Return the values by learning rate and ε, and by seed."""
+    table: dict[tuple[float, float | None], dict[int, float | None]] = defaultdict(dict)
+    for outcome in outcomes:
+        table[outcome.learning_rate, outcome.vxx_reg][outcome.seed] = outcome.value
+    return table
 
 
 def _cell(
@@ -210,3 +275,73 @@ def _corrected(panel: list[Cell]) -> tuple[Cell, ...]:
         for i, q_value in zip(tested, q_values, strict=True):
             panel[i] = replace(panel[i], q_value=float(q_value))
     return tuple(panel)
+
+
+def summary_rows(
+    learning_rates: Sequence[float],
+    vxx_regs: Sequence[float],
+    outcomes: Iterable[Outcome],
+    n_total: int,
+    *,
+    grid: int,
+    baseline: str,
+    setting: str,
+) -> tuple[SummaryRow, ...]:
+    """Summarise a grid's runs: the baseline's by learning rate, then its partner's by learning rate and ε.
+
+    Args:
+        learning_rates: of the grid.
+        vxx_regs: of the grid; none if the baseline is alone.
+        outcomes: of every run of the grid that has ended, in any order.
+        n_total: runs of each kind that the sweep has: its seeds.
+        grid: position in the spec.
+        baseline: of the grid.
+        setting: of the grid.
+    """
+    table = _by_kind(outcomes)
+    kinds: list[tuple[str, float, float | None]] = [("baseline", rate, None) for rate in learning_rates]
+    kinds += [("ddpnopt", rate, vxx_reg) for rate in learning_rates for vxx_reg in vxx_regs]
+    found = []
+    for method, rate, vxx_reg in kinds:
+        ended = table[rate, vxx_reg]
+        finite = [value for _, value in sorted(ended.items()) if value is not None]
+        found.append(
+            SummaryRow(
+                grid=grid,
+                baseline=baseline,
+                setting=setting,
+                method=method,
+                learning_rate=rate,
+                vxx_reg=vxx_reg,
+                n=len(finite),
+                n_ended=len(ended),
+                n_diverged=len(ended) - len(finite),
+                n_total=n_total,
+                **_spread(finite),
+            )
+        )
+    return tuple(found)
+
+
+def _spread(finite: Sequence[float]) -> dict[str, float | None]:
+    """Return mean, standard deviation, interval and range, as far as the sample allows them."""
+    found: dict[str, float | None] = dict.fromkeys(("mean", "sd", "ci_low", "ci_high", "min", "max"))
+    if not finite:
+        return found
+    values = np.array(finite, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # the largest numbers have no square
+        mean = float(values.mean())
+        found |= {"mean": mean, "min": min(finite), "max": max(finite)}
+        if len(finite) > 1:
+            sd = float(values.std(ddof=1))
+            half = _quantile(len(finite)) * sd / len(finite) ** 0.5
+            found |= {"sd": sd, "ci_low": mean - half, "ci_high": mean + half}
+    return {
+        name: value if value is not None and np.isfinite(value) else None for name, value in found.items()
+    }
+
+
+@cache
+def _quantile(n: int) -> float:
+    """Return how many standard errors half of the interval is wide, for a mean of n."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))

@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ddpnopt.config import PairedBaseline
+from ddpnopt.config import LoneBaseline, PairedBaseline
 from service.errors import FieldError, InvalidInputError
 from service.sweeps.spec import SweepSpec
 
@@ -201,7 +201,8 @@ def _allowed(kind: str, message: str, context: dict[str, Any], location: tuple[i
     if kind == "extra_forbidden":
         return _keys_at(location)
     if kind == "union_tag_invalid":
-        return f"one of {', '.join(get_args(PairedBaseline))}, the baselines that have a DDPNOpt partner"
+        paired, lone = (", ".join(get_args(names)) for names in (PairedBaseline, LoneBaseline))
+        return f"one of {paired}, the baselines that have a DDPNOpt partner, or of {lone}, which have none"
     if kind in MISSING:
         return "it is required"
     if kind in NO_MAPPING:

@@ -1,8 +1,9 @@
 """What a run takes, in bytes and in seconds, from the sizes of its layers alone.
 
-It decides how many runs share a pack, what is too large to be tried, and what `validate` says.
+It decides how many runs share a pack, what is too large to be tried, and what `validate` says. Baselines that
+have no DDPNOpt partner are in `estimate_lone`, the fast path in `estimate_lanes`.
 
-*Memory* is that of the tensor path, held to within a quarter of what torch allocates at the peak. A `_Book`
+*Memory* is that of the tensor path, held to within a quarter of what torch allocates at the peak. A `Book`
 follows the passes of a step as `ddpnopt` does them, and enters which tensors a layer's turn leaves behind and
 which it has for a moment only; the peak is the largest sum. `tests/service/test_estimate.py` measures both
 sides, and so does `make bench-memory`, in more settings.
@@ -16,7 +17,7 @@ output, n of the state that enters.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -274,7 +275,7 @@ def numbers(
         runs: R, of the pack: what it has once, for one run at a time, is divided by it.
         dtype: of the numbers.
     """
-    step, metrics = (_Book(net, batch, method, runs, dtype) for _ in range(2))
+    step, metrics = (Book(net, batch, method, runs, dtype) for _ in range(2))
     step.enter_step()
     metrics.enter_metrics(min(samples, EVAL_CHUNK))
     return math.ceil(max(step.peak, metrics.peak))
@@ -290,10 +291,11 @@ def most_runs(
     dtype: DType = "float32",
 ) -> int:
     """Return how many runs a pack may have whose numbers are at most `limit`; 0 if one is too many."""
+    return most(lambda runs: limit // numbers(net, batch, method, samples, runs=runs, dtype=dtype))
 
-    def fitting(runs: int) -> int:
-        return limit // numbers(net, batch, method, samples, runs=runs, dtype=dtype)
 
+def most(fitting: Callable[[int], int]) -> int:
+    """Return how many runs fit, by how many would if each took what it takes in a pack of so many."""
     if (alone := fitting(1)) < 2:
         return alone
     # From two on, a run takes no more in a larger pack.
@@ -309,7 +311,7 @@ def bases(layer: Layer, batch: int, method: Method) -> tuple[int, int]:
 
 
 @dataclass(slots=True)
-class _Book:
+class Book:
     """What a run holds while its pack trains as tensors, in numbers.
 
     Attributes:
@@ -706,7 +708,7 @@ def _blocked(channels: int) -> int:
 
 def seconds(net: Sequence[Layer], batch: int, method: Method) -> float:
     """Estimate a step's time on one CPU core, in a pack that fits."""
-    book = _Book(net, batch, method, PACK, "float32")
+    book = Book(net, batch, method, PACK, "float32")
     book.enter_step()
     convolutions = sum(layer.convolution for layer in net)
     solves = batch * (len(net) - 1) if method.psd and method.full else 0

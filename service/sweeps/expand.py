@@ -6,17 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Final
+from typing import Final, TypeAlias
 
 from ddpnopt import config
 from ddpnopt.datasets.catalog import CATALOG
+from ddpnopt.dense import too_large
 from ddpnopt.lanes import rules
 from ddpnopt.lanes.rules import NUMBER_BYTES
 from service.errors import FieldError, InvalidInputError
-from service.sweeps import estimate, estimate_lanes, estimate_probes
+from service.sweeps import estimate, estimate_lanes, estimate_lone, estimate_probes
 from service.sweeps.device import Device
 from service.sweeps.estimate import Layer, Method
-from service.sweeps.spec import SweepSpec
+from service.sweeps.estimate_lone import Lone
+from service.sweeps.spec import LoneGrid, SweepSpec, VanillaDDPGrid
 
 PACK_RUNS: Final = 128
 """Most runs of a pack on a core, as tensors: beyond, the time per run and step falls little, and what a pack
@@ -33,12 +35,14 @@ GPU_SHARES: Final = (0.125, 0.25, 0.5)
 """The fractions of a GPU that a pack may have: those that fill it without a rest."""
 
 SMALLEST_PACK: Final = 32
-"""Packs are not made smaller than this to fill more slots: the time per run and step would rise as much."""
+"""Packs are not made smaller than this to fill more slots: the time per run and step would rise as much.
+Those of baselines that are no faster in packs are."""
 
 MEMORY_MARGIN: Final = 1.25
 """What is planned for may be this much larger than the estimate: its error, by tests and benchmarks."""
 
-_METHODS: Final[tuple[config.Method, ...]] = ("baseline", "ddpnopt")
+Costs: TypeAlias = Method | Lone
+"""What decides the cost of a run, of a baseline with a DDPNOpt partner or of one without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,8 @@ def _bundles(spec: SweepSpec, position: int) -> Iterator[tuple[PlannedRun, ...]]
 def plan(spec: SweepSpec, device: Device | None = None) -> Plan:
     """Choose the packs: whole bundles in order, in packs of nearly equal size, enough of them for all slots.
 
-    All runs of a sweep may share a pack; grids that want packs of different sizes do not.
+    All runs of a sweep may share a pack; grids that want packs of different sizes do not, nor do those of
+    baselines without a DDPNOpt partner: what these hold once in a pack is counted for a pack of them alone.
 
     Args:
         spec: the sweep.
@@ -118,12 +123,13 @@ def plan(spec: SweepSpec, device: Device | None = None) -> Plan:
     """
     device = device or Device()
     packs: list[tuple[PlannedRun, ...]] = []
-    for size, positions in groupby(range(len(spec.grids)), key=lambda p: _most_runs(spec, p, device)):
+    for sharing, positions in groupby(range(len(spec.grids)), key=lambda p: _sharing(spec, p, device)):
+        size = sharing.most
         bundles: list[tuple[PlannedRun, ...]] = []
         for position in positions:
             for bundle in _bundles(spec, position):
                 bundles.extend(bundle[i : i + size] for i in range(0, len(bundle), size))
-        packs.extend(_packed(bundles, size, device.slots))
+        packs.extend(_packed(bundles, sharing, device.slots))
     share = _share(spec, device, max(map(len, packs)))
     return Plan(tuple(packs), _pack_seconds(spec, packs), int(device.slots / share), share)
 
@@ -134,19 +140,47 @@ def _share(spec: SweepSpec, device: Device, largest: int) -> float:
         return 1.0
     for share in GPU_SHARES:
         limit = int(share * device.slot_memory / MEMORY_MARGIN)
-        if all(
-            _fitting(spec, p, m, device, limit) >= largest for p in range(len(spec.grids)) for m in _METHODS
-        ):
+        if all(_fitting(spec, p, m, device, limit) >= largest for p, m in _kinds(spec)):
             return share
     return 1.0
 
 
+def _kinds(spec: SweepSpec) -> Iterator[tuple[int, config.Method]]:
+    """Yield what kinds of runs there are: each grid's methods."""
+    for position, grid in enumerate(spec.grids):
+        for method in grid.methods():
+            yield position, method
+
+
+@dataclass(frozen=True, slots=True)
+class _Sharing:
+    """What neighbouring grids whose runs share packs agree in.
+
+    Attributes:
+        most: runs of a pack at the most.
+        least: runs of a pack that is made to fill a slot.
+        alone: position of a grid that shares with none; None for one that does.
+    """
+
+    most: int
+    least: int
+    alone: int | None
+
+
+def _sharing(spec: SweepSpec, position: int, device: Device) -> _Sharing:
+    most = _most_runs(spec, position, device)
+    costs = _costs(spec, position, "baseline")
+    if isinstance(costs, Lone):
+        return _Sharing(most, SMALLEST_PACK if costs.gains_by_packs else 1, position)
+    return _Sharing(most, SMALLEST_PACK, None)
+
+
 def _packed(
-    bundles: Sequence[tuple[PlannedRun, ...]], size: int, slots: int
+    bundles: Sequence[tuple[PlannedRun, ...]], sharing: _Sharing, slots: int
 ) -> Iterator[tuple[PlannedRun, ...]]:
-    """Put bundles into as few packs of at most `size` runs as keep all slots busy."""
-    total = sum(map(len, bundles))
-    count = max(math.ceil(total / size), min(slots, total // SMALLEST_PACK))
+    """Put bundles into as few packs of the allowed sizes as keep all slots busy."""
+    total, size = sum(map(len, bundles)), sharing.most
+    count = max(math.ceil(total / size), min(slots, total // sharing.least))
     if count > slots:  # as many in the last round as in the others
         count = math.ceil(count / slots) * slots
     pack: list[PlannedRun] = []
@@ -167,10 +201,11 @@ def _most_runs(spec: SweepSpec, position: int, device: Device) -> int:
     Raises:
         InvalidInputError: if a single one takes more memory than there is.
     """
-    in_memory = min(_runs_in_memory(spec, position, method, device) for method in _METHODS)
+    methods = spec.grids[position].methods()
+    in_memory = min(_runs_in_memory(spec, position, method, device) for method in methods)
     if device.kind == "gpu":
         return min(GPU_PACK_RUNS, in_memory)
-    fast = all(_in_lanes(spec, position, method) for method in _METHODS)
+    fast = all(_in_lanes(spec, position, method) for method in methods)
     return min(LANE_PACK_RUNS if fast else PACK_RUNS, in_memory)
 
 
@@ -187,9 +222,11 @@ def _net(spec: SweepSpec) -> tuple[Layer, ...]:
     return estimate.layers(spec.layers(), len(model.channels), model.activation, model.output)
 
 
-def _costs(spec: SweepSpec, position: int, method: config.Method) -> Method:
+def _costs(spec: SweepSpec, position: int, method: config.Method) -> Costs:
     """Return what decides the cost of a grid's runs of a method."""
     grid = spec.grids[position]
+    if isinstance(grid, LoneGrid):
+        return Lone(grid.baseline, grid.options.resolved())
     feedback = None
     if method == "ddpnopt":
         feedback = grid.ddpnopt.resolved().resolved(convolutional=spec.model.resolved().convolutional)
@@ -200,8 +237,9 @@ def _runs_in_memory(spec: SweepSpec, position: int, method: config.Method, devic
     """Return how many of a grid's runs of a method fit a slot's memory.
 
     Raises:
-        InvalidInputError: if a single one does not.
+        InvalidInputError: if a single one does not, or its matrices do not fit the limit that they have.
     """
+    _check_matrices(spec, position)
     limit = int(device.slot_memory / MEMORY_MARGIN)
     most = _fitting(spec, position, method, device, limit)
     if most == 0:
@@ -209,6 +247,17 @@ def _runs_in_memory(spec: SweepSpec, position: int, method: config.Method, devic
         alone, thrifty = (_bytes(spec, c, lanes=fast) for c in (costs, costs.as_outer_product()))
         raise InvalidInputError([_too_large(spec, position, costs, alone, thrifty, limit)])
     return most
+
+
+def _check_matrices(spec: SweepSpec, position: int) -> None:
+    """Refuse a grid of vanilla DDP that the optimizer itself would refuse."""
+    grid = spec.grids[position]
+    if not isinstance(grid, VanillaDDPGrid):
+        return
+    net, batch, limit = _net(spec), spec.training.batch_size, grid.options.memory_limit
+    if (need := estimate_lone.matrices(net, batch, spec.dtype)) > limit:
+        allowed = too_large(estimate_lone.shapes(net), batch, need, limit)
+        raise InvalidInputError([FieldError(f"grids[{position}].options.memory_limit", str(limit), allowed)])
 
 
 def _fast(spec: SweepSpec, position: int, method: config.Method, device: Device) -> bool:
@@ -222,15 +271,19 @@ def _fitting(spec: SweepSpec, position: int, method: config.Method, device: Devi
     if alone > limit:
         return 0
     net, batch, number = _net(spec), spec.training.batch_size, NUMBER_BYTES[spec.dtype]
+    if isinstance(costs, Lone):
+        return estimate_lone.most_runs(net, batch, costs, limit // number, dtype=spec.dtype)
     if fast:
         per_run = number * estimate_lanes.state(net, costs)
         return 1 + (limit - alone) // per_run
     return estimate.most_runs(net, batch, costs, limit // number, dtype=spec.dtype)
 
 
-def _bytes(spec: SweepSpec, costs: Method, *, lanes: bool) -> int:
+def _bytes(spec: SweepSpec, costs: Costs, *, lanes: bool) -> int:
     """Return what a pack of one run takes."""
     net, batch, number = _net(spec), spec.training.batch_size, NUMBER_BYTES[spec.dtype]
+    if isinstance(costs, Lone):
+        return number * estimate_lone.numbers(net, batch, costs, dtype=spec.dtype)
     if lanes:
         fixed = estimate_lanes.workspace(net, batch, costs, number)
         return fixed + number * estimate_lanes.state(net, costs)
@@ -238,7 +291,7 @@ def _bytes(spec: SweepSpec, costs: Method, *, lanes: bool) -> int:
 
 
 def _too_large(
-    spec: SweepSpec, position: int, method: Method, needed: int, thrifty: int, most: int
+    spec: SweepSpec, position: int, method: Costs, needed: int, thrifty: int, most: int
 ) -> FieldError:
     """Say which option to change: that of a full V_xx if an outer product would fit, else the net."""
     limit = f"a run may take {most >> 20} MiB, this one needs {needed >> 20}"
@@ -263,18 +316,12 @@ def _too_large(
 
 def _pack_seconds(spec: SweepSpec, packs: Sequence[Sequence[PlannedRun]]) -> tuple[float, ...]:
     """Estimate the time of each pack on one core: its runs' steps, and the points of their curves."""
-    of_run = {
-        (position, method): _run_seconds(spec, position, method)
-        for position in range(len(spec.grids))
-        for method in _METHODS
-    }
+    of_run = {(position, method): _run_seconds(spec, position, method) for position, method in _kinds(spec)}
     return tuple(sum(of_run[run.grid, run.method] for run in pack) for pack in packs)
 
 
 def _run_seconds(spec: SweepSpec, position: int, method: config.Method) -> float:
     net, info, training = _net(spec), CATALOG[spec.dataset], spec.training.resolved()
-    costs = _costs(spec, position, method)
-    stepping = estimate_lanes.seconds if _in_lanes(spec, position, method) else estimate.seconds
     measured = rules.measures(spec.model.resolved(), spec.layers())
     point = estimate_lanes.metrics_seconds if measured else estimate.metrics_seconds
     points = list(training.points())
@@ -282,4 +329,12 @@ def _run_seconds(spec: SweepSpec, position: int, method: config.Method) -> float
     if training.train_metrics == "full":
         samples += info.train_size * len(points)
     looking = estimate_probes.seconds(spec.probes, method, training, spec.layers())
-    return training.steps * stepping(net, training.batch_size, costs) + point(net, samples) + looking
+    return training.steps * _step_seconds(spec, position, method) + point(net, samples) + looking
+
+
+def _step_seconds(spec: SweepSpec, position: int, method: config.Method) -> float:
+    net, batch, costs = _net(spec), spec.training.batch_size, _costs(spec, position, method)
+    if isinstance(costs, Lone):
+        return estimate_lone.seconds(net, batch, costs)
+    stepping = estimate_lanes.seconds if _in_lanes(spec, position, method) else estimate.seconds
+    return stepping(net, batch, costs)

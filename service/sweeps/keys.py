@@ -25,8 +25,8 @@ def keys_of(spec: SweepSpec) -> Callable[[PlannedRun], bytes]:
     """
     shared = {
         (position, method): hashlib.sha256(_document(_common(spec, position, method)))
-        for position in range(len(spec.grids))
-        for method in ("baseline", "ddpnopt")
+        for position, grid in enumerate(spec.grids)
+        for method in grid.methods()
     }
 
     def key_of(run: PlannedRun) -> bytes:

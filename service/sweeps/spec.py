@@ -6,9 +6,17 @@ What was added later has a default: a spec that an older version stored still re
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from ddpnopt import config, probes
@@ -229,24 +237,65 @@ class KroneckerOptions(OptionsSpec):
     inverse_every: Annotated[int, Field(ge=1, le=config.MAX_STEPS)] = _DEFAULT.inverse_every
 
 
-class GridSpec(_Model):
-    """One baseline's table: learning rates down, V_xx regularisations across."""
+class VGROptions(OptionsSpec):
+    """Options of SGD-VGR."""
 
-    baseline: config.PairedBaseline
+    momentum: Fraction = _DEFAULT.momentum
+    weight_decay: NonNegative = _DEFAULT.weight_decay
+    vgr: NonNegative = _DEFAULT.vgr
+
+
+class EMSAOptions(OptionsSpec):
+    """Options of E-MSA."""
+
+    weight_decay: NonNegative = _DEFAULT.weight_decay
+    augmentation: NonNegative = _DEFAULT.augmentation
+    lbfgs_steps: Annotated[int, Field(ge=1, le=config.MAX_LBFGS_STEPS)] = _DEFAULT.lbfgs_steps
+
+
+class VanillaDDPOptions(OptionsSpec):
+    """Options of vanilla DDP."""
+
+    weight_decay: NonNegative = _DEFAULT.weight_decay
+    quu_reg: NonNegative = _DEFAULT.quu_reg
+    memory_limit: Annotated[
+        int, Field(ge=1, le=config.MAX_MEMORY_LIMIT, description="bytes that one run's matrices may take")
+    ] = _DEFAULT.memory_limit
+
+
+class GridSpec(_Model):
+    """One baseline's table: learning rates down, V_xx regularisations of its DDPNOpt partner across."""
+
+    baseline: config.Baseline
     options: OptionsSpec
     learning_rate: Annotated[
         list[PositiveRate], Field(min_length=1, max_length=MAX_GRID_VALUES), AfterValidator(_distinct)
     ]
     vxx_reg: Annotated[
-        list[NonNegative], Field(min_length=1, max_length=MAX_GRID_VALUES), AfterValidator(_distinct)
+        list[NonNegative],
+        Field(max_length=MAX_GRID_VALUES, description="of the DDPNOpt partner; [] trains the baseline alone"),
+        AfterValidator(_distinct),
     ]
     ddpnopt: FeedbackSpec = FeedbackSpec()
 
+    @property
+    def has_cells(self) -> bool:
+        """Whether there are DDPNOpt runs to compare the baseline with."""
+        return bool(self.vxx_reg)
+
+    def methods(self) -> tuple[config.Method, ...]:
+        """Return the methods that the grid's runs have."""
+        return ("baseline", "ddpnopt") if self.has_cells else ("baseline",)
+
     def setting(self) -> str:
-        """Name what the grid sets besides its axes, as `rho 0.98, safeguard psd`; empty if nothing."""
+        """Name what the grid sets besides its axes, as `rho 0.98, safeguard psd`; empty if nothing.
+
+        Options of DDPNOpt set nothing where it is not trained.
+        """
+        parts = (self.options, self.ddpnopt) if self.has_cells else (self.options,)
         changed = (
             (name, value)
-            for chosen in (self.options, self.ddpnopt)
+            for chosen in parts
             for name, value in chosen
             if value != getattr(type(chosen)(), name)
         )
@@ -287,7 +336,57 @@ class KroneckerGrid(GridSpec):
     options: KroneckerOptions = KroneckerOptions()
 
 
-Grid: TypeAlias = Annotated[SGDGrid | RMSpropGrid | AdamGrid | KroneckerGrid, Field(discriminator="baseline")]
+class LoneGrid(GridSpec):
+    """Learning rates of a baseline that has no DDPNOpt partner."""
+
+    baseline: config.LoneBaseline
+    vxx_reg: Annotated[
+        list[NonNegative], Field(max_length=0, description="nothing: there is no DDPNOpt partner")
+    ] = []
+
+    @field_validator("vxx_reg", mode="before")
+    @classmethod
+    def _no_columns(cls, given: object, info: ValidationInfo) -> object:
+        return given if given == [] else cls._refuse_partner(given, info)
+
+    @field_validator("ddpnopt")
+    @classmethod
+    def _no_partner(cls, given: FeedbackSpec, info: ValidationInfo) -> FeedbackSpec:
+        if given != FeedbackSpec():
+            cls._refuse_partner(given.model_dump(exclude_defaults=True), info)
+        return given
+
+    @staticmethod
+    def _refuse_partner(given: object, info: ValidationInfo) -> NoReturn:
+        context = {"baseline": info.data.get("baseline", "the baseline"), "given": given}
+        raise PydanticCustomError("partner", "nothing: {baseline} has no DDPNOpt partner", context)
+
+
+class VGRGrid(LoneGrid):
+    """A grid of SGD-VGR."""
+
+    baseline: Literal["sgd_vgr"]
+    options: VGROptions = VGROptions()
+
+
+class EMSAGrid(LoneGrid):
+    """A grid of E-MSA."""
+
+    baseline: Literal["emsa"]
+    options: EMSAOptions = EMSAOptions()
+
+
+class VanillaDDPGrid(LoneGrid):
+    """A grid of vanilla DDP."""
+
+    baseline: Literal["vanilla_ddp"]
+    options: VanillaDDPOptions = VanillaDDPOptions()
+
+
+Grid: TypeAlias = Annotated[
+    SGDGrid | RMSpropGrid | AdamGrid | KroneckerGrid | VGRGrid | EMSAGrid | VanillaDDPGrid,
+    Field(discriminator="baseline"),
+]
 """A grid by its baseline, which decides what options there are."""
 
 
@@ -356,6 +455,17 @@ class SweepSpec(_Model):
             self.layers()
         except ConfigError as error:
             raise _refused(error) from error
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_take_the_net(self) -> SweepSpec:
+        for position, grid in enumerate(self.grids):
+            if grid.baseline == "vanilla_ddp" and self.model.resolved().convolutional:
+                raise PydanticCustomError(
+                    "baseline",
+                    "any other for a cnn: the dense matrices of a convolution's batch fit no memory",
+                    {"at": ("grids", position, "baseline"), "given": grid.baseline},
+                )
         return self
 
     @model_validator(mode="after")

@@ -36,7 +36,8 @@ def python(blocked: str, program: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["ddpnopt.config", "ddpnopt.results", "ddpnopt.datasets.catalog", "workers.protocol"]
+    "module",
+    ["ddpnopt.config", "ddpnopt.dense", "ddpnopt.results", "ddpnopt.datasets.catalog", "workers.protocol"],
 )
 def test_what_the_service_sees_needs_no_tensor_library(module):
     done = python("torch,ray,fastapi,sqlalchemy,sklearn,pydantic", f"import {module}")

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ddpnopt.config import BaselineOptions, OptimizerConfig
 from ddpnopt.datasets.load import load
+from ddpnopt.dense import required_bytes
 from ddpnopt.errors import ConfigError
 from ddpnopt.layers.losses import LOSSES
 from ddpnopt.layers.modules import convert
@@ -27,7 +28,6 @@ from ddpnopt.optimizers import Members, Optimizer, make
 from ddpnopt.optimizers.base import Trace, blame, finite_members
 from ddpnopt.optimizers.emsa import EMSA, costates
 from ddpnopt.optimizers.sgd_vgr import immediate_gradient
-from ddpnopt.optimizers.vanilla_ddp import required_bytes
 from ddpnopt.rates import Rates
 from ddpnopt.torch_optimizer import BaselineOptimizer
 from tests.ddpnopt.problems import assert_close, results, run

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, event, update
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
-from ddpnopt.config import PairedBaseline
+from ddpnopt.config import Baseline
 from service.app import create_app
 from service.config import MAX_BODY_BYTES, Settings
 from service.db.engine import write
@@ -23,7 +23,7 @@ from service.dispatch import leases
 from service.sweeps.device import Device
 from service.sweeps.expand import Plan, plan
 from service.sweeps.spec import SweepSpec
-from tests.conftest import STORED_BEFORE
+from tests.conftest import ALONE, STORED_BEFORE
 from tests.service.helpers import ENVIRONMENT, claim, outcome
 
 SWEEPS = "/api/v1/sweeps"
@@ -240,6 +240,7 @@ def test_a_huge_body_is_not_read(sqlite_client: TestClient) -> None:
         (f"{SWEEPS}/nothere/runs", 404),
         (f"{SWEEPS}/nothere/heatmap", 404),
         (f"{SWEEPS}/nothere/curves", 404),
+        (f"{SWEEPS}/nothere/summary", 404),
         (f"{SWEEPS}?after=nothere", 404),
         (f"{SWEEPS}?limit=0", 422),
         (f"{SWEEPS}?limit=x", 422),
@@ -247,6 +248,10 @@ def test_a_huge_body_is_not_read(sqlite_client: TestClient) -> None:
         (f"{SWEEPS}/ID/heatmap?baseline=adam", 422),
         (f"{SWEEPS}/ID/heatmap?grid=7", 422),
         (f"{SWEEPS}/ID/heatmap?grid=99999999999999999999", 422),
+        (f"{SWEEPS}/ID/summary?metric=f1", 422),
+        (f"{SWEEPS}/ID/summary?baseline=adam", 422),
+        (f"{SWEEPS}/ID/summary?grid=7", 422),
+        (f"{SWEEPS}/ID/summary?grid=-1", 422),
         (f"{SWEEPS}/ID/runs?after=-1", 422),
         (f"{SWEEPS}/ID/runs?limit=1001", 422),
         (f"{SWEEPS}/%00", 404),
@@ -304,6 +309,101 @@ def test_several_baselines_in_one_sweep(
         assert words in text
 
 
+def test_a_summary_counts_what_ended_and_what_diverged(
+    client: TestClient, engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    sweep_id = client.post(SWEEPS, json=small_spec).json()["id"]
+    before = client.get(f"{SWEEPS}/{sweep_id}/summary").json()
+    assert (before["sweep_id"], before["name"], before["metric"]) == (sweep_id, "small", "train_loss")
+    nothing = dict.fromkeys(("mean", "sd", "ci_low", "ci_high", "min", "max"))
+    assert before["rows"][1] == nothing | {
+        "grid": 0,
+        "baseline": "sgd",
+        "setting": "",
+        "method": "baseline",
+        "learning_rate": 0.5,
+        "vxx_reg": None,
+        "n": 0,
+        "n_ended": 0,
+        "n_diverged": 0,
+        "n_total": 3,
+    }
+    # A row of a baseline and its two partners for each of three seeds; a run's metrics are 1 + its place.
+    finish_all(engine, diverged=frozenset({0, 1, 4}))
+    for metric in ("train_loss", "train_accuracy", "test_loss", "accuracy"):
+        rows = client.get(f"{SWEEPS}/{sweep_id}/summary", params={"metric": metric}).json()["rows"]
+        told = [(row["n"], row["n_ended"], row["n_diverged"], row["mean"]) for row in rows]
+        assert told == [
+            (2, 3, 1, 5.5),
+            (3, 3, 0, 13),
+            (1, 3, 2, 8),
+            (3, 3, 0, 6),
+            (3, 3, 0, 14),
+            (3, 3, 0, 15),
+        ]
+        first, third = rows[0], rows[2]
+        assert (first["min"], first["max"], first["sd"]) == (4, 7, pytest.approx(4.5**0.5))
+        assert first["ci_low"] == pytest.approx(5.5 - 12.7062047 * 1.5)
+        assert (third["sd"], third["ci_low"], third["ci_high"]) == (None, None, None)
+
+
+def test_grids_without_cells(client: TestClient, engine: Engine, small_spec: dict[str, Any]) -> None:
+    small_spec["grids"] = ALONE
+    checked = client.post(f"{SWEEPS}/validate", json=small_spec).json()
+    assert (checked["runs"], checked["run_steps"]) == (33, 132)
+    sweep = client.post(SWEEPS, json=small_spec).json()
+    assert [grid["vxx_reg"] for grid in sweep["spec"]["grids"][1:]] == [[]] * 4
+    url = f"{SWEEPS}/{sweep['id']}"
+    finish_all(engine)
+    assert client.get(url).json()["progress"]["runs_done"] == 33
+    # Only grids with cells are candidates for a heatmap.
+    assert client.get(f"{url}/heatmap").json()["grid"] == 0
+    wanted = (
+        "one of 0 (sgd): a heatmap compares DDPNOpt with its baseline, and there are no runs of DDPNOpt in "
+    )
+    for query, field, value, named in (
+        ("grid=3", "grid", "3", "3 (emsa, lbfgs_steps 2)"),
+        ("baseline=adam", "baseline", '"adam"', "1 (adam, eps 1e-06)"),
+        ("baseline=vanilla_ddp&grid=4", "grid", "4", "4 (vanilla_ddp)"),
+    ):
+        (error,) = check_problem(client.get(f"{url}/heatmap?{query}"), 422)["errors"]
+        assert error == {
+            "field": field,
+            "value": value,
+            "allowed": f"{wanted}{named}; ask for the summary",
+        }
+    rows = client.get(f"{url}/summary").json()["rows"]
+    assert [sum(row["grid"] == grid for row in rows) for grid in range(5)] == [6, 1, 2, 1, 1]
+    for query, grids in (("baseline=emsa", {3}), ("grid=2", {2}), ("grid=2&baseline=sgd_vgr", {2})):
+        found = client.get(f"{url}/summary?{query}").json()["rows"]
+        assert {row["grid"] for row in found} == grids
+        assert found == [row for row in rows if row["grid"] in grids]
+    check_problem(client.get(f"{url}/summary?grid=2&baseline=sgd"), 422)
+    assert len(client.get(f"{url}/curves?grid=3").json()["curves"]) == 3
+    runs = client.get(f"{url}/runs", params={"limit": 1000}).json()["runs"]
+    assert sum(run["baseline"] == "vanilla_ddp" for run in runs) == 3
+
+
+def test_several_grids_of_one_baseline_are_summarised_together(
+    client: TestClient, engine: Engine, small_spec: dict[str, Any]
+) -> None:
+    plain = small_spec["grids"][0]
+    small_spec["grids"] = [plain | {"vxx_reg": []}, plain | {"options": {"momentum": 0.9}}]
+    sweep_id = client.post(SWEEPS, json=small_spec).json()["id"]
+    rows = client.get(f"{SWEEPS}/{sweep_id}/summary?baseline=sgd").json()["rows"]
+    assert [(row["grid"], row["setting"]) for row in rows] == [(0, "")] * 2 + [(1, "momentum 0.9")] * 6
+    # The one with cells is meant, since the other has no heatmap.
+    assert client.get(f"{SWEEPS}/{sweep_id}/heatmap?baseline=sgd").json()["grid"] == 1
+
+
+def test_a_sweep_without_any_cells_has_no_heatmap(client: TestClient, small_spec: dict[str, Any]) -> None:
+    small_spec["grids"] = ALONE[3:4]
+    sweep_id = client.post(SWEEPS, json=small_spec).json()["id"]
+    (error,) = check_problem(client.get(f"{SWEEPS}/{sweep_id}/heatmap"), 422)["errors"]
+    assert (error["field"], error["value"]) == ("grid", "null")
+    assert error["allowed"].startswith("none of this sweep's grids: a heatmap compares")
+
+
 def test_a_sweep_that_an_older_version_stored(
     client: TestClient, engine: Engine, small_spec: dict[str, Any]
 ) -> None:
@@ -317,6 +417,7 @@ def test_a_sweep_that_an_older_version_stored(
     panel = client.get(f"{SWEEPS}/{sweep_id}/heatmap").json()
     assert (panel["setting"], panel["cells"][0]["n"]) == ("", 3)
     assert client.get(f"{SWEEPS}/{sweep_id}/curves").status_code == 200
+    assert {row["n"] for row in client.get(f"{SWEEPS}/{sweep_id}/summary").json()["rows"]} == {3}
     assert "DDPNOpt vs SGD" in client.get(f"/sweeps/{sweep_id}").text
     # The same request is the same sweep, though the spec has more fields now.
     assert client.post(SWEEPS, json=small_spec, headers=key).json()["id"] == sweep_id
@@ -362,6 +463,7 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
         f"{SWEEPS}/{{sweep_id}}",
         f"{SWEEPS}/{{sweep_id}}/runs",
         f"{SWEEPS}/{{sweep_id}}/heatmap",
+        f"{SWEEPS}/{{sweep_id}}/summary",
         f"{SWEEPS}/{{sweep_id}}/curves",
         f"{SWEEPS}/{{sweep_id}}/records",
         f"{SWEEPS}/{{sweep_id}}/{{action}}",
@@ -378,7 +480,7 @@ def test_openapi_names_every_route_and_the_spec(sqlite_client: TestClient) -> No
     schemas = document["components"]["schemas"]
     assert set(schemas["SweepSpec"]["properties"]) == set(SweepSpec.model_fields)
     variants = schemas["SweepSpec"]["properties"]["grids"]["items"]
-    assert set(variants["discriminator"]["mapping"]) == set(get_args(PairedBaseline))
+    assert set(variants["discriminator"]["mapping"]) == set(get_args(Baseline))
     assert "setting" in schemas["Heatmap"]["properties"]
     text = json.dumps(document)
     assert "HTTPValidationError" not in text

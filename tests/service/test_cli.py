@@ -19,6 +19,7 @@ from service.client import Client
 from service.config import Settings
 from service.results import plots
 from service.results.statistics import Heatmap
+from tests.conftest import ALONE
 from tests.service import stage
 
 URL = "http://127.0.0.1"
@@ -104,6 +105,98 @@ def test_heatmap_takes_all_grids_unless_told(
         ("sgd", ""),
         ("ekfac", "damping 0.5"),
     ]
+
+
+@pytest.fixture
+def mixed_id(api: TestClient, small_spec: dict[str, Any]) -> str:
+    """A sweep of a grid with cells and four without."""
+    return str(api.post("/api/v1/sweeps", json=small_spec | {"grids": ALONE}).json()["id"])
+
+
+@pytest.fixture
+def lone_id(api: TestClient, small_spec: dict[str, Any]) -> str:
+    """A sweep without any cells."""
+    return str(api.post("/api/v1/sweeps", json=small_spec | {"grids": ALONE[3:]}).json()["id"])
+
+
+def test_show_summarises_grids_without_cells(mixed_id: str) -> None:
+    titles = [line for line in run("show", mixed_id).splitlines() if ": t" in line]
+    assert titles == [
+        "DDPNOpt vs SGD: training loss",
+        "DDPNOpt vs SGD: test accuracy (percent points)",
+        *(
+            f"{name}: {metric}"
+            for name in ("Adam", "SGD-VGR", "E-MSA", "Vanilla DDP")
+            for metric in ("training loss", "test accuracy (%)")
+        ),
+    ]
+
+
+def test_a_summary(
+    mixed_id: str,
+    sqlite_engine: Engine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = run("summary", mixed_id)
+    assert shown.count("training loss") == shown.count("test accuracy (%)") == 5
+    assert "E-MSA: training loss\nlbfgs_steps 2\n" in shown
+    one = run("summary", mixed_id, "--grid", "2", "--metric", "accuracy")
+    assert one.startswith("SGD-VGR: test accuracy (%)\n")
+    assert one.count("baseline") == 2
+    answer = json.loads(run("summary", mixed_id, "--baseline", "emsa", "--metric", "test_loss", "--json"))
+    assert [(row["grid"], row["n_total"]) for row in answer["rows"]] == [(3, 3)]
+    answers = json.loads(run("summary", mixed_id, "--json"))
+    assert [answer["metric"] for answer in answers] == ["train_loss", "accuracy"]
+    assert refused(capsys, monkeypatch, "summary", mixed_id, "--grid", "9").startswith("2 error: grid: got 9")
+
+
+def test_a_heatmap_leaves_out_what_has_no_cells(
+    mixed_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in ("png", "svg", "pdf", "html", "json"):
+        path = tmp_path / f"a.{suffix}"
+        done = CliRunner().invoke(main.app, ["heatmap", mixed_id, "--out", str(path)])
+        assert (done.exit_code, done.stdout) == (0, f"{path}\n")
+        told = done.stderr.splitlines()
+        assert [line.partition(" trains")[0] for line in told] == [
+            "grid 1 (adam)",
+            "grid 2 (sgd_vgr)",
+            "grid 3 (emsa)",
+            "grid 4 (vanilla_ddp)",
+        ]
+        assert told[2].endswith(f"has no heatmap: `ddpsweep summary {mixed_id} --grid 3`")
+        assert path.stat().st_size > 0
+    assert {answer["baseline"] for answer in json.loads(path.read_text())} == {"sgd"}
+    line = refused(capsys, monkeypatch, "heatmap", mixed_id, "--grid", "3", "--out", str(path))
+    assert line.startswith("2 error: grid: got 3; allowed: one of 0 (sgd): a heatmap compares DDPNOpt with")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "html", "json"])
+def test_a_sweep_without_cells_is_summarised_in_place_of_a_picture(
+    lone_id: str, tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    done = CliRunner().invoke(main.app, ["heatmap", lone_id, "--out", str(path), "--metric", "accuracy"])
+    assert done.exit_code == 0
+    assert done.stderr == (
+        f"sweep {lone_id} has no heatmap, since no grid of it trains DDPNOpt: here is its summary\n"
+    )
+    assert done.stdout == run("summary", lone_id, "--metric", "accuracy")
+    assert not path.exists()
+
+
+def test_watching_a_sweep_without_cells(
+    api: TestClient, sqlite_engine: Engine, small_spec: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(small_spec | {"grids": ALONE[3:]}))
+    assert run("validate", str(path)).startswith("6 runs in 4 packs, 24 run-steps")
+    sweep_id = run("submit", str(path)).strip()
+    for lease in stage.running(sqlite_engine, 4):
+        stage.finish(sqlite_engine, lease)
+    assert "6/6 runs" in run("watch", sweep_id)
+    assert "6/6" in run("show", sweep_id)
 
 
 def test_cancel_pause_resume_retry(

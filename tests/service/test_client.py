@@ -47,6 +47,19 @@ def test_packs_come_page_by_page(
         list(client.packs(sweep_id, "odd"))
 
 
+def test_a_summary(client: Client, sqlite_engine: Engine) -> None:
+    sweep_id = stage.submit(sqlite_engine, "a", "sgd", "adam")
+    for lease in stage.running(sqlite_engine, 2):
+        stage.finish(sqlite_engine, lease, 5.0)
+    answer = client.summary_json(sweep_id, metric="accuracy", baseline="adam")
+    summary = client.summary(sweep_id, metric="accuracy", baseline="adam")
+    assert [row.learning_rate for row in summary.rows] == [0.1, 0.5, 0.1, 0.1, 0.5, 0.5]
+    assert summary.rows[0].mean == answer["rows"][0]["mean"] == 5.0 + (0 + 3 + 6) / 3
+    assert {row.grid for row in client.summary(sweep_id).rows} == {0, 1}
+    with pytest.raises(InvalidInput, match="one of train_loss"):
+        client.summary(sweep_id, metric="f1")
+
+
 def test_logs(client: Client, sqlite_engine: Engine) -> None:
     sweep_id = stage.failed_sweep(sqlite_engine)
     assert client.log(sweep_id, 0) == {"attempt": 1, "log": "2 of 4 steps\n"}

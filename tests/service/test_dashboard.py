@@ -16,9 +16,12 @@ from service.config import Settings
 from service.dashboard import views
 from service.db.engine import read, write
 from service.db.tables import dispatchers, packs, sweeps
+from service.dispatch import leases
 from service.sweeps import queries
 from service.sweeps.schemas import Sweep
+from tests.conftest import ALONE, SMALL_SPEC
 from tests.service import stage
+from tests.service.helpers import ENVIRONMENT, outcome, pack_rows, submit
 
 SWEEPS = "/api/v1/sweeps"
 HOST = "127.0.0.1:8321"
@@ -140,6 +143,77 @@ def test_a_page_makes_no_more_queries_for_more_packs(client: TestClient, sqlite_
         # A heatmap has a query or two of its own.
         counts.append(len([sql for sql in asked if "attempts" in sql or "packs.position" in sql]))
     assert counts[0] == counts[1]
+
+
+def lone_tables(page: str) -> list[str]:
+    """Return the tables of the grids without cells, as words."""
+    tables = re.findall(r'<table class="cells lone".*?</table>', page, re.DOTALL)
+    return [" ".join(re.sub("<[^>]*>", " ", table).split()) for table in tables]
+
+
+def submit_mixed(engine: Engine) -> str:
+    """Submit grids with cells and without, of which all but the last pack end, with one run diverged."""
+    sweep_id = submit(engine, SMALL_SPEC | {"name": "mixed", "grids": ALONE[:4]})
+    *most, last = stage.running(engine, len(pack_rows(engine)))
+    for lease in most:
+        with write(engine) as connection:
+            runs = len(leases.runs_of(connection, lease))
+            lost = frozenset({1}) if runs == 6 else frozenset()
+            assert leases.finish(connection, lease, outcome(runs, diverged=lost), ENVIRONMENT)
+    assert last
+    return sweep_id
+
+
+def test_grids_without_cells_are_tables(client: TestClient, sqlite_engine: Engine) -> None:
+    sweep_id = submit_mixed(sqlite_engine)
+    page = client.get(f"/sweeps/{sweep_id}").text
+    head = "learning rate training loss test accuracy (%) n diverged"
+    adam, vgr, emsa = lone_tables(page)
+    assert adam.startswith(f"Adam eps 1e-06 {head} 0.01 ")
+    assert vgr == f"SGD-VGR {head} 0.5 2 ± 1.41 2 ± 1.41 2 / 3 1 0.1 5 ± 1 5 ± 1 3 / 3 0"
+    assert emsa.startswith(f"E-MSA lbfgs_steps 2 {head} 1 ")
+    # The grid with cells is drawn as ever, the others are not.
+    assert page.count("data-figure=") == page.count('class="plot"') == 2
+    assert "Mean paired improvement" in page
+    assert "Of a baseline alone: mean ± standard deviation" in page
+    for link in ("heatmap?metric=accuracy&amp;grid=0", "summary?metric=accuracy&amp;grid=3", "curves?grid=3"):
+        assert f'href="/api/v1/sweeps/{sweep_id}/{link}"' in page
+    assert "heatmap?metric=accuracy&amp;grid=3" not in page
+    assert f"ddpsweep heatmap {sweep_id}" in page
+
+
+def test_a_page_without_cells_speaks_of_no_heatmap(client: TestClient, sqlite_engine: Engine) -> None:
+    sweep_id = submit(sqlite_engine, SMALL_SPEC | {"grids": ALONE[3:]})
+    page = client.get(f"/sweeps/{sweep_id}").text
+    assert [table.split(" learning")[0] for table in lone_tables(page)] == [
+        "E-MSA lbfgs_steps 2",
+        "Vanilla DDP",
+    ]
+    assert lone_tables(page)[1].endswith("diverged 0.5 · · 0 / 3 0")
+    for words in ("heatmap", "Mean paired improvement", "data-figure="):
+        assert words not in page
+    assert f"ddpsweep summary {sweep_id}" in page
+
+
+def test_a_page_with_cells_alone_has_no_such_tables(client: TestClient, sqlite_engine: Engine) -> None:
+    page = client.get(f"/sweeps/{stage.submit(sqlite_engine, 'a', 'sgd')}").text
+    assert lone_tables(page) == []
+    for words in ("Of a baseline alone", "/summary?", "ddpsweep summary"):
+        assert words not in page
+
+
+def test_grids_without_cells_take_a_query_for_each_metric(client: TestClient, sqlite_engine: Engine) -> None:
+    counts = []
+    for grids in (ALONE[3:4], ALONE[1:4] * 5):
+        sweep_id = submit(sqlite_engine, SMALL_SPEC | {"grids": grids})
+        asked: list[str] = []
+        listener = lambda *call, asked=asked: asked.append(call[2])  # noqa: E731
+        engine = client.app.state.engine  # type: ignore[attr-defined]
+        event.listen(engine, "before_cursor_execute", listener)
+        live(client, sweep_id)
+        event.remove(engine, "before_cursor_execute", listener)
+        counts.append(sum("FROM runs" in sql for sql in asked))
+    assert counts == [2, 2]
 
 
 def test_the_log_page(client: TestClient, sqlite_engine: Engine) -> None:

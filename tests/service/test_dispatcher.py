@@ -18,7 +18,7 @@ from service.dispatch.policy import MAX_ATTEMPTS, GiveUp, Requeue, after_failure
 from service.dispatch.states import Action
 from service.results import queries as result_queries
 from service.sweeps import actions, queries
-from tests.conftest import STORED_BEFORE
+from tests.conftest import ALONE, STORED_BEFORE
 from tests.service.helpers import ENVIRONMENT, expire, make_ready, outcome, pack_rows, submit
 from workers.local import LocalExecutor
 from workers.protocol import Node, PackEvent, PackFailed, PackFinished, PackProgress, PackTask, Pool
@@ -80,6 +80,34 @@ def test_a_sweep_from_queue_to_results(engine: Engine, small_spec: dict[str, Any
         panel = result_queries.heatmap(connection, sweep_id, "train_loss")
     assert [cell.n for cell in panel.cells] == [3] * 4
     assert dispatcher.held == {}
+
+
+def test_baselines_without_a_partner_are_trained(engine: Engine, small_spec: dict[str, Any]) -> None:
+    sweep_id = submit(engine, small_spec | {"grids": ALONE})
+    dispatcher = Dispatcher(engine, LocalExecutor(), "a")
+    for _ in range(40):
+        dispatcher.step(0)
+    row = sweep(engine, sweep_id)
+    assert (row.state, row.runs_done, row.runs_diverged) == ("completed", 33, 0)
+    with read(engine) as connection:
+        summary = result_queries.summary(connection, sweep_id, "accuracy")
+        panel = result_queries.heatmap(connection, sweep_id, "accuracy")
+    assert [(r.grid, r.method, r.learning_rate, r.vxx_reg) for r in summary.rows] == [
+        (0, "baseline", 0.1, None),
+        (0, "baseline", 0.5, None),
+        (0, "ddpnopt", 0.1, 1e-4),
+        (0, "ddpnopt", 0.1, 1e-3),
+        (0, "ddpnopt", 0.5, 1e-4),
+        (0, "ddpnopt", 0.5, 1e-3),
+        (1, "baseline", 0.01, None),
+        (2, "baseline", 0.5, None),
+        (2, "baseline", 0.1, None),
+        (3, "baseline", 1.0, None),
+        (4, "baseline", 0.5, None),
+    ]
+    assert {(r.n, r.n_ended, r.n_total) for r in summary.rows} == {(3, 3, 3)}
+    assert panel.cells[0].baseline_mean == pytest.approx(summary.rows[0].mean)
+    assert panel.cells[0].ddpnopt_mean == pytest.approx(summary.rows[2].mean)
 
 
 def test_runs_reach_the_executor_in_the_order_of_the_pack(engine: Engine, small_spec: dict[str, Any]) -> None:

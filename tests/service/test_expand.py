@@ -13,13 +13,20 @@ from service.errors import InvalidInputError
 from service.sweeps.device import Device
 from service.sweeps.documents import parse_spec, parse_yaml
 from service.sweeps.expand import GPU_PACK_RUNS, LANE_PACK_RUNS, PACK_RUNS, expand, plan
+from service.sweeps.keys import keys_of
 from service.sweeps.spec import SweepSpec
 from tests.conftest import EXAMPLES, SMALL_SPEC
 
 IMAGES = {"kind": "cnn", "channels": [32, 32, 32, 32], "hidden": [32], "activation": "relu"}
 rates = st.lists(st.floats(1e-6, 10), min_size=1, max_size=12, unique=True)
 baselines = st.sampled_from(["sgd", "rmsprop", "adam", "kfac", "ekfac"])
-grid = st.fixed_dictionaries({"baseline": baselines, "learning_rate": rates, "vxx_reg": rates})
+paired = st.fixed_dictionaries(
+    {"baseline": baselines, "learning_rate": rates, "vxx_reg": st.just([]) | rates}
+)
+alone = st.fixed_dictionaries(
+    {"baseline": st.sampled_from(["sgd_vgr", "emsa", "vanilla_ddp"]), "learning_rate": rates}
+)
+grid = paired | alone
 
 
 @st.composite
@@ -238,3 +245,108 @@ def test_what_takes_longer_is_said_to_take_longer(small_spec: dict[str, Any]) ->
     assert seconds(options=averaged | {"inverse_every": 50}) < seconds(options=averaged)
     small_spec["training"]["eval_every"] = 1
     assert seconds(baseline="sgd", options={}) > 2 * plain
+
+
+def alone_or_paired(vxx_reg: list[float], **changes: Any) -> SweepSpec:
+    return parse_spec(SMALL_SPEC | {"grids": [SMALL_SPEC["grids"][0] | {"vxx_reg": vxx_reg}]} | changes)
+
+
+def test_a_grid_without_columns_trains_the_baseline_alone() -> None:
+    alone, paired = alone_or_paired([]), alone_or_paired([1e-4, 1e-3])
+    (pack,) = plan(alone).packs
+    assert [(run.method, run.vxx_reg) for run in pack] == [("baseline", None)] * 6
+    assert plan(alone).seconds < plan(paired).seconds / 3
+    baselines = [run for run in plan(paired).packs[0] if run.method == "baseline"]
+    assert list(pack) == baselines
+    # They are the same runs, whose results each takes from the other.
+    assert list(map(keys_of(alone), pack)) == list(map(keys_of(paired), baselines))
+
+
+def test_a_baseline_alone_is_planned_for_what_it_takes_itself() -> None:
+    """No matrix V_xx per sample counts where none is held."""
+    model = {"kind": "fcn", "hidden": [2048, 2048]}
+    changes = {"dataset": "digits", "model": model, "training": {"steps": 4, "batch_size": 256}}
+    with pytest.raises(InvalidInputError, match="terminal_hessian"):
+        plan(alone_or_paired([1e-4], **changes))
+    assert plan(alone_or_paired([], **changes)).runs_total == 6
+
+
+def lone(baseline: str, **options: Any) -> dict[str, Any]:
+    return {"baseline": baseline, "learning_rate": [0.1, 0.5], "options": options}
+
+
+def test_baselines_without_a_partner_share_no_pack_with_others() -> None:
+    plain = SMALL_SPEC["grids"][0] | {"baseline": "ekfac"}
+    grids = [
+        plain,
+        lone("emsa"),
+        plain,
+        plain,
+        lone("vanilla_ddp"),
+        lone("sgd_vgr"),
+        lone("sgd_vgr", vgr=0.5),
+    ]
+    packs = plan(parse_spec(SMALL_SPEC | {"grids": grids}), Device(cores=1)).packs
+    assert [{run.grid for run in pack} for pack in packs] == [{0}, {1}, {2, 3}, {4}, {5}, {6}]
+
+
+@pytest.mark.parametrize(("baseline", "packs"), [("sgd_vgr", 1), ("emsa", 4), ("vanilla_ddp", 4)])
+def test_runs_that_gain_nothing_by_packs_fill_the_slots(baseline: str, packs: int) -> None:
+    spec = parse_spec(SMALL_SPEC | {"grids": [lone(baseline)]})
+    assert len(plan(spec, Device(cores=4, memory=64 * 2**30)).packs) == packs
+
+
+def test_what_takes_longer_alone_is_said_to_take_longer() -> None:
+    def seconds(baseline: str, **options: Any) -> float:
+        return plan(parse_spec(SMALL_SPEC | {"grids": [lone(baseline, **options)]})).seconds
+
+    plain = plan(alone_or_paired([])).seconds
+    assert plain < seconds("sgd_vgr") < seconds("vanilla_ddp")
+    assert 10 * seconds("sgd_vgr") < seconds("emsa")
+    assert 3 * seconds("emsa") < seconds("emsa", lbfgs_steps=20) < 5 * seconds("emsa")
+
+
+def digits(batch_size: int, *grids: dict[str, Any], **changes: Any) -> SweepSpec:
+    training = {"steps": 4, "batch_size": batch_size}
+    model = {"kind": "fcn", "hidden": [10, 10]}
+    document = {"dataset": "digits", "model": model, "training": training, "seeds": 100, "grids": list(grids)}
+    return parse_spec(SMALL_SPEC | document | changes)
+
+
+def test_matrices_make_small_packs() -> None:
+    """The matrices of a run take four megabytes, and a pack may take a hundred."""
+    sizes = {
+        limit: max(
+            len(pack)
+            for pack in plan(
+                digits(16, lone("vanilla_ddp", memory_limit=limit)), Device(cores=1, memory=2**27)
+            ).packs
+        )
+        for limit in (7 * 10**6, 2**31)
+    }
+    assert sizes[2**31] in range(20, 30)
+    # One at a time: a pack's runs share the matrices.
+    assert sizes[7 * 10**6] > 2 * sizes[2**31]
+
+
+def test_matrices_over_the_limit_are_refused() -> None:
+    assert plan(digits(128, lone("vanilla_ddp"))).runs_total == 200
+    with pytest.raises(InvalidInputError) as caught:
+        plan(digits(1024, lone("emsa"), lone("vanilla_ddp")))
+    (error,) = caught.value.errors
+    assert (error.field, error.value) == ("grids[1].options.memory_limit", str(2 * 2**30))
+    assert "GiB, for layer 0's 650 controls and batches of 1024" in error.allowed
+
+
+def test_matrices_that_the_device_cannot_hold_are_refused() -> None:
+    big = lone("vanilla_ddp", memory_limit=2**40)
+    with pytest.raises(InvalidInputError, match=r"^model.hidden: got hidden \[10, 10\] with batch_size 1024"):
+        plan(digits(1024, big))
+    assert plan(digits(1024, big), Device(cores=1, memory=2**36)).runs_total == 200
+
+
+def test_keys_tell_baselines_without_a_partner_apart() -> None:
+    grids = [lone("emsa"), lone("emsa", lbfgs_steps=6), lone("sgd_vgr"), lone("vanilla_ddp")]
+    spec = parse_spec(SMALL_SPEC | {"grids": grids})
+    runs = [run for bundle in expand(spec) for run in bundle]
+    assert len(set(map(keys_of(spec), runs))) == len(runs) == 4 * 2 * 3

@@ -10,10 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ddpnopt.config import PairedBaseline
+from ddpnopt.config import Baseline
+from ddpnopt.results import METRICS
 from service.cli import display
 from service.results import figures, page, plots
-from service.results.statistics import Cell, CellState, Heatmap
+from service.results.statistics import Cell, CellState, Heatmap, Outcome, Summary, summary_rows
 
 
 def cell(rate: float, reg: float, improvement: float | None, state: CellState, **changes: Any) -> Cell:
@@ -132,7 +133,7 @@ def test_a_page_of_its_own_escapes_names(panel: Heatmap, tmp_path: Path) -> None
 
 
 def test_every_baseline_of_a_grid_has_a_title(panel: Heatmap) -> None:
-    assert list(figures.BASELINES) == list(get_args(PairedBaseline))
+    assert list(figures.BASELINES) == list(get_args(Baseline))
     assert figures.title(replace(panel, baseline="ekfac")) == "DDPNOpt vs EKFAC: training loss"
 
 
@@ -194,3 +195,39 @@ def test_many_grids_stay_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     figure = drawn_figure(monkeypatch, [replace(bare, grid=k) for k in range(6)], tmp_path / "a.svg")
     assert sum(bool(ax.get_title()) for ax in figure.axes) == 6
     assert len({round(ax.get_position().x0, 3) for ax in figure.axes if ax.get_title()}) == plots.COLUMNS
+
+
+def summary_of(*values: float | None) -> Summary:
+    outcomes = [Outcome(0.1, None, seed, value) for seed, value in enumerate(values)]
+    rows = (
+        summary_rows((0.1, 0.2), regs, outcomes, 4, grid=grid, baseline=name, setting=setting)
+        for grid, name, regs, setting in ((0, "emsa", (), "lbfgs_steps 7"), (2, "sgd", (1e-4,), ""))
+    )
+    return Summary("id", "n", "accuracy", tuple(row for grid in rows for row in grid))
+
+
+def test_a_summary_is_printed_grid_by_grid() -> None:
+    console = Console(width=120, record=True)
+    console.print(display.summary_tables(summary_of(90.0, 92.5, None)))
+    lines = console.export_text().splitlines()
+    assert lines[:2] == ["E-MSA: test accuracy (%)", "lbfgs_steps 7"]
+    assert "SGD: test accuracy (%)" in lines
+    words = [line.replace("│", " ").replace("┃", " ").split() for line in lines]
+    header = ["method", "lr", "ε", "n", "diverged", "mean", "sd", "95", "%", "min", "max"]
+    assert words.count(header) == 2
+    row = ["baseline", "0.1", "2/4", "1", "91.25", "1.768", "75.37", "…", "107.1", "90", "92.5"]
+    assert words.count(row) == 2
+    assert words.count(["baseline", "0.2", "0/4", "0", *"·" * 5]) == 2
+    assert ["ddpnopt", "0.1", "0.0001", "0/4", "0", *"·" * 5] in words
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [((), "·"), ((None,), "·"), ((0.25, None), "0.25"), ((1.0, 2.0), "1.5 ± 0.707")]
+)
+def test_spread_is_shown_as_far_as_there_is_any(values: tuple[float | None, ...], shown: str) -> None:
+    assert figures.spread(summary_of(*values).rows[0]) == shown
+
+
+def test_every_metric_has_titles() -> None:
+    assert set(figures.VALUES) == set(figures.TITLES) == set(METRICS)
+    assert figures.summary_title("vanilla_ddp", "train_loss") == "Vanilla DDP: training loss"

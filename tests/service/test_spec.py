@@ -24,6 +24,10 @@ def grid(baseline: str, **options: Any) -> dict[str, Any]:
     return {"baseline": baseline, "options": options, "learning_rate": [0.1], "vxx_reg": [1e-4]}
 
 
+def lone(baseline: str, **options: Any) -> dict[str, Any]:
+    return {"baseline": baseline, "options": options, "learning_rate": [0.1]}
+
+
 BAD: list[tuple[str, Any, str, str]] = [
     # where, what is put there, the field that the error names, a piece of what it says is allowed
     ("colour", "red", "colour", "one of the keys name, dataset, model"),
@@ -31,7 +35,6 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("grids.0.foo", 3, "grids[0].foo", "one of the keys baseline, options, learning_rate"),
     ("grids.0.ddpnopt", {"x": 1}, "grids[0].ddpnopt.x", "one of the keys terminal_hessian"),
     ("grids.0.learning_rate", [], "grids[0].learning_rate", "at least 1"),
-    ("grids.0.vxx_reg", [], "grids[0].vxx_reg", "at least 1"),
     ("grids.0.learning_rate", [0.1, 0.1], "grids[0].learning_rate", "0.1 is there twice"),
     ("grids.0.vxx_reg", [0, 0.0], "grids[0].vxx_reg", "each value once"),
     ("grids.0.learning_rate", [0.1, 0], "grids[0].learning_rate[1]", "greater than 0"),
@@ -42,7 +45,43 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("grids.0.learning_rate", ["0.1"], "grids[0].learning_rate[0]", "number"),
     ("grids.0.learning_rate", [True], "grids[0].learning_rate[0]", "number"),
     ("grids.0.baseline", "adamw", "grids[0].baseline", "one of sgd, rmsprop, adam, kfac, ekfac, the base"),
-    ("grids.0.baseline", "emsa", "grids[0].baseline", "the baselines that have a DDPNOpt partner"),
+    ("grids.0.baseline", "adamw", "grids[0].baseline", "or of sgd_vgr, emsa, vanilla_ddp, which have none"),
+    ("grids.0.baseline", "emsa", "grids[0].vxx_reg", "nothing: emsa has no DDPNOpt partner"),
+    ("grids.0", {"baseline": "sgd", "learning_rate": [0.1]}, "grids[0].vxx_reg", "it is required"),
+    ("grids.0", lone("emsa") | {"vxx_reg": 3}, "grids[0].vxx_reg", "nothing: emsa has no DDPNOpt partner"),
+    ("grids.0", lone("sgd_vgr") | {"vxx_reg": None}, "grids[0].vxx_reg", "nothing: sgd_vgr has no DDPNOpt"),
+    (
+        "grids.0",
+        lone("vanilla_ddp") | {"ddpnopt": {"safeguard": "psd"}},
+        "grids[0].ddpnopt",
+        "nothing: vanilla_ddp has no DDPNOpt partner",
+    ),
+    ("grids.0", lone("emsa") | {"ddpnopt": {"x": 1}}, "grids[0].ddpnopt.x", "one of the keys terminal_hess"),
+    ("grids.0", lone("emsa") | {"learning_rate": []}, "grids[0].learning_rate", "at least 1"),
+    ("grids.0", lone("sgd_vgr", damping=1), "grids[0].options.damping", "of sgd_vgr: momentum, weight_decay"),
+    ("grids.0", lone("sgd_vgr", vgr=-1), "grids[0].options.vgr", "greater than or equal to 0"),
+    ("grids.0", lone("emsa", momentum=0.5), "grids[0].options.momentum", "of emsa: weight_decay, augmentat"),
+    ("grids.0", lone("emsa", lbfgs_steps=0), "grids[0].options.lbfgs_steps", "greater than or equal to 1"),
+    (
+        "grids.0",
+        lone("emsa", lbfgs_steps=10**5),
+        "grids[0].options.lbfgs_steps",
+        "less than or equal to 10000",
+    ),
+    ("grids.0", lone("vanilla_ddp", vgr=1), "grids[0].options.vgr", "of vanilla_ddp: weight_decay, quu_reg"),
+    (
+        "grids.0",
+        lone("vanilla_ddp", memory_limit=0),
+        "grids[0].options.memory_limit",
+        "greater than or equal",
+    ),
+    (
+        "grids.0",
+        lone("vanilla_ddp", memory_limit=1000),
+        "grids[0].options.memory_limit",
+        "at least 155624: one run's dense matrices take 0.000145 GiB, over the limit of 9.31e-07 GiB, for "
+        "layer 0's 56 controls and batches of 16; make the layers narrower or the batch smaller",
+    ),
     ("grids.0.baseline", 3, "grids[0].baseline", "one of sgd, rmsprop"),
     ("grids.0", {"learning_rate": [0.1], "vxx_reg": [0]}, "grids[0].baseline", "it is required"),
     ("grids.0", 3, "grids[0]", "a mapping"),
@@ -267,17 +306,65 @@ def test_all_errors_of_a_grids_options_are_told_at_once() -> None:
     }
 
 
-@pytest.mark.parametrize("baseline", get_args(config.PairedBaseline))
+@pytest.mark.parametrize("baseline", get_args(config.Baseline))
 def test_a_baselines_options_are_those_of_the_numerics(baseline: str) -> None:
-    options = parse_spec(SMALL_SPEC | {"grids": [grid(baseline)]}).grids[0].options
+    document = lone(baseline) | {"vxx_reg": []}
+    options = parse_spec(SMALL_SPEC | {"grids": [document]}).grids[0].options
     assert tuple(type(options).model_fields) == config.OPTIONS_OF[baseline]
     assert options.resolved() == config.BaselineOptions()
 
 
-def test_baselines_without_a_partner_are_no_grids() -> None:
-    for baseline in set(get_args(config.Baseline)) - set(get_args(config.PairedBaseline)):
-        with pytest.raises(InvalidInputError, match="one of sgd, rmsprop, adam, kfac, ekfac"):
-            parse_spec(SMALL_SPEC | {"grids": [grid(baseline)]})
+@pytest.mark.parametrize("baseline", get_args(config.PairedBaseline))
+def test_a_baseline_may_be_trained_alone(baseline: str) -> None:
+    spec = parse_spec(SMALL_SPEC | {"grids": [lone(baseline) | {"vxx_reg": []}, grid(baseline)]})
+    alone, paired = spec.grids
+    assert (alone.has_cells, alone.methods()) == (False, ("baseline",))
+    assert (paired.has_cells, paired.methods()) == (True, ("baseline", "ddpnopt"))
+    assert spec.runs_total() == 3 + 6
+    assert spec.run_config(0, "baseline", 0.1, None, 1) == spec.run_config(1, "baseline", 0.1, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "options"),
+    [
+        ("sgd_vgr", {"momentum": 0.9, "weight_decay": 0.1, "vgr": 0.5}),
+        ("emsa", {"weight_decay": 0.1, "augmentation": 2.0, "lbfgs_steps": 7}),
+        ("vanilla_ddp", {"weight_decay": 0.1, "quu_reg": 0.5, "memory_limit": 10**9}),
+    ],
+)
+def test_a_baseline_without_a_partner_is_a_grid(baseline: str, options: dict[str, Any]) -> None:
+    spec = parse_spec(SMALL_SPEC | {"grids": [lone(baseline, **options)]})
+    (found,) = spec.grids
+    assert (found.vxx_reg, found.has_cells, spec.runs_total()) == ([], False, 3)
+    assert found.setting() == ", ".join(f"{name} {value}" for name, value in options.items())
+    run = spec.run_config(0, "baseline", 0.1, None, 2)
+    assert run.optimizer == config.OptimizerConfig(
+        found.baseline, "baseline", 0.1, options=config.BaselineOptions(**options)
+    )
+    assert config.RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    stored = json.loads(json.dumps(spec.model_dump(mode="json")))
+    assert SweepSpec.model_validate(stored) == spec
+
+
+def test_defaults_of_the_partner_may_be_written_where_there_is_none() -> None:
+    written = {"vxx_reg": [], "ddpnopt": {"safeguard": "clamp"}}
+    spec = parse_spec(SMALL_SPEC | {"grids": [lone("emsa") | written]})
+    assert spec == parse_spec(SMALL_SPEC | {"grids": [lone("emsa")]})
+
+
+def test_every_baseline_has_a_partner_or_none() -> None:
+    paired, alone = get_args(config.PairedBaseline), get_args(config.LoneBaseline)
+    assert (*paired, *alone) == get_args(config.Baseline)
+
+
+def test_vanilla_ddp_is_refused_for_a_cnn() -> None:
+    grids = [grid("sgd"), lone("sgd_vgr"), lone("emsa"), lone("vanilla_ddp")]
+    with pytest.raises(InvalidInputError) as caught:
+        parse_spec(on_digits(grids=grids))
+    (error,) = caught.value.errors
+    assert (error.field, error.value) == ("grids[3].baseline", '"vanilla_ddp"')
+    assert error.allowed.startswith("any other for a cnn")
+    assert parse_spec(on_digits(grids=grids[:3])).runs_total() == 6 + 3 + 3
 
 
 def test_what_the_numerics_refuse_is_a_field_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,14 +423,20 @@ def test_a_grid_names_what_it_sets() -> None:
     spec = parse_spec(SMALL_SPEC | {"grids": [document, grid("adam", betas=[0.9, 0.999])]})
     assert spec.grids[0].setting() == "betas 0.8 0.9, eps 1e-06, safeguard psd, feedback false"
     assert spec.grids[1].setting() == ""
+    alone = parse_spec(SMALL_SPEC | {"grids": [document | {"vxx_reg": []}]})
+    assert alone.grids[0].setting() == "betas 0.8 0.9, eps 1e-06"
 
 
 def test_the_schema_tells_each_baseline_its_options() -> None:
     schema = SweepSpec.model_json_schema()
     variants = schema["properties"]["grids"]["items"]
-    assert set(variants["discriminator"]["mapping"]) == set(get_args(config.PairedBaseline))
+    assert set(variants["discriminator"]["mapping"]) == set(get_args(config.Baseline))
     for baseline, place in variants["discriminator"]["mapping"].items():
-        reference = schema["$defs"][place.rpartition("/")[2]]["properties"]["options"]["$ref"]
+        grid = schema["$defs"][place.rpartition("/")[2]]
+        reference = grid["properties"]["options"]["$ref"]
         options = schema["$defs"][reference.rpartition("/")[2]]
         assert tuple(options["properties"]) == config.OPTIONS_OF[baseline]
         assert options["additionalProperties"] is False
+        paired = baseline in get_args(config.PairedBaseline)
+        assert ("vxx_reg" in grid["required"]) == paired
+        assert grid["properties"]["vxx_reg"]["maxItems"] == (1000 if paired else 0)

@@ -1,4 +1,4 @@
-"""The paired statistics, against direct computations."""
+"""The paired statistics and the summaries, against direct computations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import pytest
 from pydantic import TypeAdapter
 from scipy import stats
 
-from service.results.statistics import Cell, CellState, Heatmap, Outcome, cells
+from service.results.statistics import (
+    Cell,
+    CellState,
+    Heatmap,
+    Outcome,
+    Summary,
+    SummaryRow,
+    cells,
+    summary_rows,
+)
 
 RATES, REGS = (0.1, 0.2), (1e-4, 1e-3)
 
@@ -129,3 +138,86 @@ def test_a_heatmap_survives_json() -> None:
     values = cells(RATES, REGS, [Outcome(0.1, None, 0, 1.0), Outcome(0.1, 1e-4, 0, 0.5)], "train_loss")
     panel = Heatmap("id", "name", 0, "sgd", "train_loss", RATES, REGS, values)
     assert Heatmap.from_json(TypeAdapter(Heatmap).dump_python(panel, mode="json")) == panel
+
+
+# --- summaries ---
+
+
+def summarised(
+    values: dict[tuple[float, float | None], list[float | None]], regs: tuple[float, ...] = REGS
+) -> list[SummaryRow]:
+    rows = summary_rows(RATES, regs, outcomes(values), 10, grid=3, baseline="adam", setting="eps 1e-06")
+    assert {(row.grid, row.baseline, row.setting, row.n_total) for row in rows} == {
+        (3, "adam", "eps 1e-06", 10)
+    }
+    return list(rows)
+
+
+def test_a_summary_is_in_the_order_of_the_spec() -> None:
+    found = [(row.method, row.learning_rate, row.vxx_reg) for row in summarised({})]
+    assert found == [
+        ("baseline", 0.1, None),
+        ("baseline", 0.2, None),
+        ("ddpnopt", 0.1, 1e-4),
+        ("ddpnopt", 0.1, 1e-3),
+        ("ddpnopt", 0.2, 1e-4),
+        ("ddpnopt", 0.2, 1e-3),
+    ]
+    assert [row.method for row in summarised({}, ())] == ["baseline", "baseline"]
+
+
+def test_a_summary_is_students_interval_of_the_mean() -> None:
+    values = np.random.default_rng(3).normal(2, 1, 7)
+    row = summarised({(0.2, None): list(values)})[1]
+    low, high = stats.t.interval(0.95, 6, values.mean(), stats.sem(values))
+    assert (row.n, row.n_ended, row.n_diverged) == (7, 7, 0)
+    assert (row.mean, row.sd) == (pytest.approx(values.mean()), pytest.approx(np.std(values, ddof=1)))
+    assert (row.ci_low, row.ci_high) == (pytest.approx(low), pytest.approx(high))
+    assert (row.min, row.max) == (values.min(), values.max())
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "mean", "spread", "ends"),
+    [
+        ([], (0, 0, 0), None, None, (None, None)),
+        ([None, None], (0, 2, 2), None, None, (None, None)),
+        ([2.0], (1, 1, 0), 2.0, None, (2.0, 2.0)),
+        ([None, 2.0, None], (1, 3, 2), 2.0, None, (2.0, 2.0)),
+        ([1.0, None, 3.0], (2, 3, 1), 2.0, 2.0**0.5, (1.0, 3.0)),
+        ([2.0, 2.0, 2.0], (3, 3, 0), 2.0, 0.0, (2.0, 2.0)),
+    ],
+)
+def test_what_a_small_sample_does_not_tell_is_left_out(
+    values: list[float | None],
+    counts: tuple[int, int, int],
+    mean: float | None,
+    spread: float | None,
+    ends: tuple[float | None, float | None],
+) -> None:
+    row = summarised({(0.1, 1e-3): values})[3]
+    assert (row.n, row.n_ended, row.n_diverged) == counts
+    assert (row.mean, row.sd) == (mean, None if spread is None else pytest.approx(spread))
+    assert (row.ci_low is None) == (row.ci_high is None) == (spread is None)
+    assert (row.min, row.max) == ends
+    if spread == 0:
+        assert (row.ci_low, row.ci_high) == (2.0, 2.0)
+
+
+def test_numbers_too_large_to_be_squared_have_no_spread() -> None:
+    row = summarised({(0.1, None): [1e300, -1e300]})[0]
+    assert (row.mean, row.sd, row.ci_low, row.min, row.max) == (0.0, None, None, -1e300, 1e300)
+    assert summarised({(0.1, None): [1.7e308, 1.7e308]})[0].mean is None
+
+
+def test_a_summary_does_not_depend_on_the_order_of_the_rows() -> None:
+    values = list(np.random.default_rng(4).normal(size=9))
+    rows = [Outcome(0.1, None, seed, value) for seed, value in enumerate(values)]
+    told = {"grid": 0, "baseline": "sgd", "setting": ""}
+    first, second = (summary_rows(RATES, (), mixed, 9, **told) for mixed in (rows, rows[::-1]))
+    assert first == second
+
+
+def test_a_summary_survives_json() -> None:
+    rows = summarised({(0.1, None): [1.0, 2.0], (0.1, 1e-4): [None]})
+    found = Summary("id", "name", "accuracy", tuple(rows))
+    assert Summary.from_json(TypeAdapter(Summary).dump_python(found, mode="json")) == found
