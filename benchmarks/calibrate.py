@@ -97,10 +97,8 @@ def scored(client: Client, sweep_id: str, baseline: str, width: int, batch: int)
     for grid, options in enumerate(OPTIONS[baseline]):
         means: dict[str, dict[float, float | None]] = {}
         for metric in ("train_loss", "accuracy"):
-            rows = client.summary(sweep_id, metric=metric, grid=grid)["rows"]
-            means[metric] = {
-                row["learning_rate"]: row["mean"] if not row["n_diverged"] else None for row in rows
-            }
+            rows = client.summary(sweep_id, metric=metric, grid=grid).rows
+            means[metric] = {row.learning_rate: None if row.n_diverged else row.mean for row in rows}
         losses, accuracies = (tuple(means[metric].values()) for metric in ("train_loss", "accuracy"))
         text = ", ".join(f"{name} {value}" for name, value in options.items())
         yield Scored(baseline, width, batch, text, losses, accuracies, score(baseline, losses, accuracies))

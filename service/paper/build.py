@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from service.paper import best_tuned, panels, policies, spectra, training
+from service.paper import best_tuned, panels, policies, spectra, training, vanishing
 from service.paper.results import Results
 from service.paper.sections import Section
 
@@ -15,6 +15,10 @@ BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
     "fig4b": training.section,
     "tables6-8": best_tuned.section,
     "fig5": policies.section,
+    "fig6": vanishing.section,
     "fig8": spectra.section,
     "fig9": panels.section,
+    "fig10": vanishing.section,
+    "fig11": vanishing.section,
+    "fig12": vanishing.section,
 }

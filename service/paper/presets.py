@@ -38,6 +38,7 @@ class Preset:
         return {name: _changed(spec(name), self.quick if quick else {}) for name in self.sweeps}
 
 
+_SHORT: Final[Mapping[str, Any]] = {"seeds": 1, "training": {"steps": 1000, "test_every": 1000}}
 _FEWER: Final[Mapping[str, Any]] = {"seeds": 3}
 _FIG4A: Final = ("fig4a-sgd", "fig4a-rmsprop", "fig4a-ekfac")
 
@@ -59,6 +60,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             ("fig5",),
             {"training": {"steps": 20, "eval_every": 20}},
         ),
+        Preset("fig6", "Fig. 6: a nine-layer net whose gradients vanish", ("fig12",), _SHORT),
         Preset(
             "fig8",
             "Fig. 8: the spectrum of the feedback policy on Gaussian clusters",
@@ -66,6 +68,14 @@ PRESETS: Final[Mapping[str, Preset]] = {
             {"seeds": 1},
         ),
         Preset("fig9", "Fig. 9: DDPNOpt against Adam on DIGITS", ("fig9",), _FEWER),
+        Preset(
+            "fig10",
+            "Fig. 10: vanishing gradients with other losses and activations",
+            ("fig10-ce", "fig10-relu"),
+            _SHORT,
+        ),
+        Preset("fig11", "Fig. 11: vanishing gradients and first-order adaptive methods", ("fig11",), _SHORT),
+        Preset("fig12", "Fig. 12: vanishing gradients at other learning rates", ("fig12",), _SHORT),
     )
 }
 
