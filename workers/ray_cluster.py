@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -138,6 +139,7 @@ class Probe:
         self._stopped = threading.Event()
         self.cluster = Cluster((), {})
         self._look()
+        self._raylet = next(node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == self._node)
         threading.Thread(target=self._ask, name="ray-probe", daemon=True).start()
 
     def _look(self) -> None:
@@ -173,6 +175,9 @@ class Probe:
         Raises:
             ExecutorLostError: if it does not.
         """
+        if after_a_loss and self._raylet_is_gone():
+            # Ray itself needs longer to notice on a busy machine, and the loss would count as the packs' own.
+            raise ExecutorLostError("the raylet of this node has died")
         until = time.monotonic() + (NOTICE_S if after_a_loss else 0.0)
         while True:
             if problem := self.problem():
@@ -180,3 +185,15 @@ class Probe:
             if time.monotonic() >= until:
                 return
             time.sleep(0.2)
+
+    def _raylet_is_gone(self) -> bool:
+        """Tell whether nobody listens any more where this process's raylet did; it is on this machine."""
+        with socket.socket(socket.AF_UNIX) as knocking:
+            knocking.settimeout(1.0)
+            try:
+                knocking.connect(self._raylet)
+            except (ConnectionRefusedError, FileNotFoundError):
+                return True
+            except OSError:  # busy
+                return False
+        return False

@@ -103,7 +103,9 @@ def test_what_a_pools_nodes_have_in_common(pool, requirement):
     assert cluster_of(NODES).requirement(pool) == requirement
 
 
-@pytest.mark.parametrize("pool", {pool_of(one["Labels"], one["Resources"]) for one in NODES}, ids=str)
+@pytest.mark.parametrize(
+    "pool", sorted({pool_of(one["Labels"], one["Resources"]) for one in NODES}, key=Pool.key), ids=str
+)
 def test_a_requirement_is_met_by_the_nodes_of_its_pool_and_by_no_other(pool):
     found = cluster_of(NODES)
     needed = found.requirement(pool)

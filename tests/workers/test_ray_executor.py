@@ -457,3 +457,37 @@ def test_nothing_is_left_behind(end):
         driver.communicate()
         for process in filter(runs, all_processes):
             process.kill()
+
+
+LOSES_ITS_RAYLET = """
+import os
+import psutil
+import workers.ray_cluster
+from tests.workers.packs import ENDLESS, task, wait_for_progress
+from workers.protocol import ExecutorLostError
+from workers.ray_executor import RayExecutor
+
+workers.ray_cluster.NOTICE_S = 0.0  # Ray itself has no time to notice
+executor = RayExecutor(slots=1)
+executor.submit(task(steps=ENDLESS))
+wait_for_progress(executor, {1})
+(raylet,) = [p for p in psutil.Process().children(recursive=True) if p.name() == "raylet"]
+raylet.kill()
+events = []
+try:
+    while not events:
+        events += [e for e in executor.poll(1.0) if type(e).__name__ != "PackProgress"]
+    print(events, flush=True)
+except ExecutorLostError as error:
+    print("lost:", error, flush=True)
+os._exit(0)
+"""
+
+
+def test_the_loss_of_the_raylet_is_not_a_packs_failure():
+    """It would cost the pack an attempt each time."""
+    said = subprocess.run(
+        [sys.executable, "-c", LOSES_ITS_RAYLET], capture_output=True, text=True, timeout=120
+    )
+    *_, last = said.stdout.splitlines()  # Ray itself prints there too
+    assert last == "lost: the raylet of this node has died", said.stderr[-2000:]
