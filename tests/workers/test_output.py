@@ -29,7 +29,11 @@ def test_bytes_become_text(written, text):
     assert clean(written) == text
 
 
-@pytest.mark.parametrize("written", [b"\0" * LOG_BYTES, b"\xff" * LOG_BYTES, "ī".encode() * LOG_BYTES])
+@pytest.mark.parametrize(
+    "written",
+    [b"\0" * LOG_BYTES, b"\xff" * LOG_BYTES, "ī".encode() * LOG_BYTES],
+    ids=["nul", "byte", "two bytes"],
+)
 @pytest.mark.parametrize("shift", range(3))
 def test_text_is_bounded_and_whole(written, shift):
     text = clean(written + b"x" * shift)
