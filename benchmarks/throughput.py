@@ -7,7 +7,7 @@ on a PostgreSQL of this process's own, each with a warm private Ray. Against the
 same machine: Ray Tune, whose trials report one number and train nothing; and Optuna on SQLite, whose trials
 ask, report one number and tell, in this process, and train nothing either.
 
-Second, the 600 runs of the whole of Fig. 4a, three times each: by the service (POST to the last result), and
+Second, the 600 runs of the whole of Fig. 4a, five times each: by the service (POST to the last result), and
 the same packs by the library alone, in as many processes as the service has workers, which take pack by pack
 from a queue and keep nothing.
 
@@ -43,7 +43,7 @@ ALL_OF_FIG4A: Final = Path(__file__).parent.parent / "examples" / "digits-fig4a-
 WORKERS: Final = os.cpu_count() or 1
 POLL_S: Final = 0.1
 """Asking costs the machine that is measured: more often would be a load of its own."""
-REPEATS: Final = 3
+REPEATS: Final = 5
 
 
 def one_step(runs: int, first_seed: int) -> dict[str, Any]:
