@@ -43,10 +43,7 @@ def shape(probe: Probe, layers: Sequence[LayerShape], sample: Sequence[int]) -> 
 
 def points(probe: Probe, training: TrainingConfig) -> Iterator[int]:
     """Yield the steps at which a probe is recorded: points of the curves, images at the last one alone."""
-    if probe == "policy_image":
-        yield training.steps
-    else:
-        yield from (step for step in training.points() if step > 0 or probe in OF_POLICIES)
+    yield from (step for step in training.points() if is_point(probe, training, step))
 
 
 def is_point(probe: Probe, training: TrainingConfig, step: int) -> bool:

@@ -28,6 +28,8 @@ from ddpnopt.results import Record
 log = logging.getLogger(__name__)
 
 Look = Callable[[DDPNOpt, Controls], Tensor]
+Point = tuple[int, NDArray[np.float32]]
+"""A step and what was recorded there."""
 
 
 class Recorder:
@@ -54,7 +56,8 @@ class Recorder:
         self._training, self._layers, self._sample = training, layers, sample
         self._train_set, self._test_set = train_set, test_set
         self._looks: dict[Probe, Look] = {"policy_spectrum": self._spectrum, "policy_image": self._images}
-        self._points: dict[Probe, list[tuple[int, int, NDArray[np.float32]]]] = {p: [] for p in probes}
+        # By place: a pack may have thousands of runs, of which each is asked for its own.
+        self._points: dict[Probe, dict[int, list[Point]]] = {probe: {} for probe in probes}
 
     def take(self, step: int, parts: Sequence[Part]) -> None:
         """Record what belongs to a point of the curves."""
@@ -63,14 +66,14 @@ class Recorder:
             assert isinstance(part, TensorPart)  # nothing with probes trains in lanes
             for probe in wanted:
                 taken = self._policies(probe, part) if probe in OF_POLICIES else self._norms(part)
-                self._points[probe] += [(step, place, values) for place, values in taken]
+                for place, values in taken:
+                    self._points[probe].setdefault(place, []).append((step, values))
 
     def of(self, place: int) -> dict[str, Record]:
         """Return what the run at a place has recorded."""
         found: dict[str, Record] = {}
         for probe, points in self._points.items():
-            own = [(step, values) for step, other, values in points if other == place]
-            if own:
+            if own := points.get(place):
                 steps = np.array([step for step, _ in own], dtype=np.int64)
                 found[probe] = Record(steps, np.stack([values for _, values in own]))
         return found
@@ -78,14 +81,21 @@ class Recorder:
     def state(self) -> dict[str, Any]:
         """Return all of it, as tensors and plain values."""
         return {
-            probe: [(step, place, torch.from_numpy(values)) for step, place, values in points]
+            probe: {
+                place: [(step, torch.from_numpy(values)) for step, values in own]
+                for place, own in points.items()
+            }
             for probe, points in self._points.items()
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` returned."""
-        for probe, points in self._points.items():
-            points[:] = [(step, place, values.numpy()) for step, place, values in state[probe]]
+        self._points = {
+            probe: {
+                place: [(step, values.numpy()) for step, values in own] for place, own in state[probe].items()
+            }
+            for probe in self._points
+        }
 
     def _norms(self, part: TensorPart) -> Iterator[tuple[int, NDArray[np.float32]]]:
         norms = part.take_update_norms().float().numpy(force=True)
