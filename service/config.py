@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     def device_for(self, kind: DeviceKind | None) -> Device:
         """Return what the packs of a sweep are planned for that asks for a kind of device, or for none."""
         if kind is None:
-            kind = "gpu" if self.gpus else "cpu"
+            kind = "gpu" if self.gpus and not self.ray_address else "cpu"
         return Device("gpu", 1, int(MEMORY_SHARE * self.gpu_memory)) if kind == "gpu" else self.machine()
 
     def worker_memory(self) -> int | None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.config import Settings
 from service.errors import InvalidInputError
 from service.sweeps.device import Device
 from service.sweeps.documents import parse_spec, parse_yaml
@@ -16,6 +17,7 @@ from service.sweeps.expand import GPU_PACK_RUNS, LANE_PACK_RUNS, PACK_RUNS, expa
 from service.sweeps.keys import keys_of
 from service.sweeps.spec import SweepSpec
 from tests.conftest import EXAMPLES, SMALL_SPEC
+from workers.protocol import DeviceKind
 
 IMAGES = {"kind": "cnn", "channels": [32, 32, 32, 32], "hidden": [32], "activation": "relu"}
 rates = st.lists(st.floats(1e-6, 10), min_size=1, max_size=12, unique=True)
@@ -350,3 +352,20 @@ def test_keys_tell_baselines_without_a_partner_apart() -> None:
     spec = parse_spec(SMALL_SPEC | {"grids": grids})
     runs = [run for bundle in expand(spec) for run in bundle]
     assert len(set(map(keys_of(spec), runs))) == len(runs) == 4 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "planned"),
+    [
+        ({}, None, "cpu"),
+        ({}, "gpu", "gpu"),
+        ({"gpus": 1}, None, "gpu"),
+        ({"gpus": 1}, "cpu", "cpu"),
+        # They are this machine's, which trains nothing for a cluster elsewhere.
+        ({"gpus": 1, "ray_address": "head:6379"}, None, "cpu"),
+    ],
+)
+def test_packs_are_planned_for_the_gpus_that_a_private_ray_has(
+    settings: dict[str, Any], kind: DeviceKind | None, planned: str
+) -> None:
+    assert Settings(**settings).device_for(kind).kind == planned
