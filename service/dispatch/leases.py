@@ -9,7 +9,7 @@ so that no two transactions wait for each other: the scheduler's row, packs, swe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -276,16 +276,7 @@ def finish(
         return False
     ids = columns(connection, select(runs.c.pack_index, runs.c.id).where(runs.c.pack_id == lease.pack_id))
     now = _now(connection)
-    insert_many(connection, results, [_result_row(ids[r.index], lease, r, now) for r in outcome])
-    insert_many(
-        connection,
-        curves,
-        [
-            {"run_id": ids[r.index], "metric": name, "points": points.astype("<f4").tobytes()}
-            for r in outcome
-            for name, points in _series(r)
-        ],
-    )
+    _store(connection, lease, outcome, ids, now)
     diverged = sum(result.divergence is not None for result in outcome)
     if reused:
         targets = [ids[place] for place in reused]
@@ -598,6 +589,30 @@ def _close_one(
         )
     )
     return entry
+
+
+def _store(
+    connection: Connection, lease: Lease, outcome: Sequence[RunResult], ids: Mapping[int, int], now: float
+) -> None:
+    """Insert the results of trained runs, with their curves and records.
+
+    Args:
+        connection: in a writing transaction.
+        lease: of the attempt.
+        outcome: by place in the pack.
+        ids: of the runs, by place.
+        now: by the database's clock.
+    """
+    insert_many(connection, results, [_result_row(ids[r.index], lease, r, now) for r in outcome])
+    insert_many(
+        connection,
+        curves,
+        [
+            {"run_id": ids[r.index], "metric": name, "points": points.astype("<f4").tobytes()}
+            for r in outcome
+            for name, points in _series(r)
+        ],
+    )
 
 
 def _series(result: RunResult) -> Iterator[tuple[str, NDArray[np.float32]]]:
