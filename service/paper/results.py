@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.client import Client
 from service.paper.presets import Preset
+from service.results.queries import curve_steps
+from service.sweeps.spec import SweepSpec
+
+
+def stacked(
+    spec: dict[str, Any], metric: str, curves: Sequence[dict[str, Any]]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the steps (P,) of a sweep's curves and their values (runs, P).
+
+    A run that diverged has NaN from there to the sweep's last step, also where all of them have.
+    """
+    steps = np.array(list(curve_steps(SweepSpec.model_validate(spec), metric)))
+    values = np.full((len(curves), len(steps)), np.nan)
+    for row, curve in zip(values, curves, strict=True):
+        row[: len(curve["values"])] = np.array(curve["values"], dtype=np.float64)
+    return steps, values
 
 
 @dataclass(frozen=True, slots=True)

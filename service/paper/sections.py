@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -69,11 +68,3 @@ def shown(value: Value) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def columns_wide(rows: Sequence[Sequence[Value]], columns: Sequence[str]) -> list[int]:
-    """Return how many letters each column needs."""
-    return [
-        max(len(name), *(len(shown(row[i])) for row in rows)) if rows else len(name)
-        for i, name in enumerate(columns)
-    ]

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from service.paper.results import Results
+from service.paper.results import Results, stacked
 from service.paper.sections import Picture, Section, Table, Value
 from service.results import figures
 
@@ -24,7 +24,7 @@ Curves = dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 def section(results: Results) -> Section:
     """Build the section."""
     shown = {
-        (grid["baseline"], metric): _curves(results, sweep["id"], position, grid["baseline"], metric)
+        (grid["baseline"], metric): _curves(results, sweep, position, grid["baseline"], metric)
         for sweep in results.sweeps.values()
         for position, grid in enumerate(sweep["spec"]["grids"])
         if grid["baseline"] in CELLS
@@ -43,20 +43,13 @@ def section(results: Results) -> Section:
     )
 
 
-def _curves(results: Results, sweep_id: str, position: int, baseline: str, metric: str) -> Curves:
+def _curves(results: Results, sweep: dict[str, Any], position: int, baseline: str, metric: str) -> Curves:
     rate, reg = CELLS[baseline]
     found: dict[str, list[dict[str, Any]]] = {"baseline": [], "ddpnopt": []}
-    for curve in results.client.curves(sweep_id, metric=metric, grid=position):
+    for curve in results.client.curves(sweep["id"], metric=metric, grid=position):
         if curve["learning_rate"] == rate and curve["vxx_reg"] in (None, reg):
             found[curve["method"]].append(curve)
-    curves: Curves = {}
-    for method, own in found.items():
-        steps: list[int] = max((curve["steps"] for curve in own), key=len, default=[])
-        values = np.full((len(own), len(steps)), np.nan)
-        for row, curve in zip(values, own, strict=True):
-            row[: len(curve["values"])] = np.array(curve["values"], dtype=np.float64)
-        curves[method] = np.array(steps), values
-    return curves
+    return {method: stacked(sweep["spec"], metric, own) for method, own in found.items()}
 
 
 def _findings(baseline: str, metric: str, curves: Curves) -> list[str]:

@@ -8,7 +8,7 @@ Max-Mahalanobis loss, ln(classes) for cross-entropy. A run that diverged has not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ddpnopt.config import MMC_NORM
 from ddpnopt.datasets.catalog import CATALOG
-from service.paper.results import Results
+from service.paper.results import Results, stacked
 from service.paper.sections import Picture, Section, Table, Value
 from service.results import figures
 
@@ -116,7 +116,8 @@ def _lines(results: Results, sweep: dict[str, Any]) -> Iterator[Line]:
                     for r in records
                     if (r["method"], r["learning_rate"]) == (method, rate) and len(r["values"])
                 ]
-                yield Line(name, rate, *_table_of(own), np.mean(norms, axis=0) if norms else None, plateau)
+                losses = stacked(spec, "train_loss", own)
+                yield Line(name, rate, *losses, np.mean(norms, axis=0) if norms else None, plateau)
 
 
 def _name(baseline: str, method: str, *, second: bool) -> str:
@@ -125,14 +126,6 @@ def _name(baseline: str, method: str, *, second: bool) -> str:
     if baseline in ("rmsprop", "adam"):
         return "DDPNOpt*"
     return "DDPNOpt2nd" if second else "DDPNOpt"
-
-
-def _table_of(curves: Sequence[dict[str, Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    longest: list[int] = max((curve["steps"] for curve in curves), key=len)
-    values = np.full((len(curves), len(longest)), np.nan)
-    for row, curve in zip(values, curves, strict=True):
-        row[: len(curve["values"])] = np.array(curve["values"], dtype=np.float64)
-    return np.array(longest), values
 
 
 def _finding(spec: str, line: Line) -> str:

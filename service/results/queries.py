@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from sqlalchemy import Connection, and_, select
+from sqlalchemy import Connection, Select, and_, select
 
 from ddpnopt.results import METRICS, TEST_METRICS
 from service.db.tables import curves, grids, packs, results, runs
@@ -256,20 +256,24 @@ def curve_list(
     spec = sweep_queries.spec_of(connection, sweep_id)
     position = choose_grid(spec, baseline, grid)
     steps = tuple(curve_steps(spec, metric))
-    rows = connection.execute(
-        select(runs.c.id, runs.c.method, runs.c.learning_rate, runs.c.vxx_reg, runs.c.seed, curves.c.points)
-        .join(grids, grids.c.id == runs.c.grid_id)
-        .join(curves, and_(curves.c.run_id == runs.c.id, curves.c.metric == metric))
-        .where(grids.c.sweep_id == sweep_id, grids.c.position == position)
-        .order_by(runs.c.id)
-        .limit(limit)
-    )
+    rows = connection.execute(arrays(sweep_id, position, metric).limit(limit))
     found = []
     for run_id, method, learning_rate, vxx_reg, seed, points in rows:
         values = np.frombuffer(points, dtype="<f4")
         finite = tuple(float(v) if np.isfinite(v) else None for v in values)
         found.append(Curve(run_id, method, learning_rate, vxx_reg, seed, steps[: len(finite)], finite))
     return found
+
+
+def arrays(sweep_id: str, position: int, name: str) -> Select[int, str, float, float | None, int, bytes]:
+    """Select a grid's runs with the array of that name, of a metric or a probe, in order of run."""
+    return (
+        select(runs.c.id, runs.c.method, runs.c.learning_rate, runs.c.vxx_reg, runs.c.seed, curves.c.points)
+        .join(grids, grids.c.id == runs.c.grid_id)
+        .join(curves, and_(curves.c.run_id == runs.c.id, curves.c.metric == name))
+        .where(grids.c.sweep_id == sweep_id, grids.c.position == position)
+        .order_by(runs.c.id)
+    )
 
 
 def curve_steps(spec: SweepSpec, metric: str) -> Iterator[int]:

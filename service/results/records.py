@@ -8,14 +8,14 @@ from itertools import islice
 from typing import Final, get_args
 
 import numpy as np
-from sqlalchemy import Connection, and_, select
+from sqlalchemy import Connection
 
 from ddpnopt import probes
 from ddpnopt.config import Probe
 from ddpnopt.datasets.catalog import CATALOG
-from service.db.tables import curves, grids, runs
+from service.db.tables import runs
 from service.errors import FieldError, InvalidInputError
-from service.results.queries import choose_grid
+from service.results.queries import arrays, choose_grid
 from service.sweeps import queries as sweep_queries
 from service.sweeps.documents import shown
 from service.sweeps.spec import MAX_PROBE_NUMBERS, SweepSpec
@@ -78,14 +78,8 @@ def page(
     steps = tuple(probes.points(asked, spec.training.resolved()))
     width = math.prod(shape)
     limit = max(1, min(limit, MOST_NUMBERS // (width * len(steps))))
-    rows = connection.execute(
-        select(runs.c.id, runs.c.method, runs.c.learning_rate, runs.c.vxx_reg, runs.c.seed, curves.c.points)
-        .join(grids, grids.c.id == runs.c.grid_id)
-        .join(curves, and_(curves.c.run_id == runs.c.id, curves.c.metric == asked))
-        .where(grids.c.sweep_id == sweep_id, grids.c.position == position, runs.c.id > after)
-        .order_by(runs.c.id)
-        .limit(limit + 1)
-    ).all()
+    query = arrays(sweep_id, position, asked).where(runs.c.id > after).limit(limit + 1)
+    rows = connection.execute(query).all()
     found = [RunRecord(*row[:5], *_read(row.points, width, steps)) for row in islice(rows, limit)]
     return Records(list(shape), found, found[-1].run_id if len(rows) > limit else None)
 

@@ -20,9 +20,10 @@ from service.errors import InvalidInputError, SetupError
 from service.paper import presets, report
 from service.paper.build import BUILDERS
 from service.paper.presets import PRESETS, Preset
-from service.paper.results import Results
+from service.paper.results import Results, stacked
 from service.paper.run import run
 from service.paper.spectra import Spectra
+from service.paper.vanishing import Line
 from service.sweeps.documents import parse_spec
 from tests.conftest import SMALL_SPEC
 from tests.service.test_cli import URL, InProcess
@@ -174,3 +175,16 @@ def test_the_criterion_of_fig8() -> None:
         assert not spectra(good, wrong).counts_match()
     shrinking = [good[0], [3.0, 1.0, 0.0], good[2]]
     assert not spectra(good, shrinking).grow()
+
+
+def test_a_curve_that_breaks_off_has_no_end() -> None:
+    """Also where all of them break off: else the last loss before would count as the end."""
+    spec = parse_spec(SMALL_SPEC | {"training": TINY}).model_dump(mode="json")
+    broken = [{"values": [10.0, 0.1]}, {"values": [10.0]}]
+    steps, losses = stacked(spec, "train_loss", broken)
+    assert steps.tolist() == [0, 2, 4]
+    np.testing.assert_array_equal(losses, [[10.0, 0.1, np.nan], [10.0, np.nan, np.nan]])
+    line = Line("DDPNOpt", 0.1, steps, losses, None, 10.0)
+    assert (line.escaped(), line.diverged(), line.final()) == (0, 2, None)
+    out = Line("DDPNOpt", 0.1, steps, np.array([[10.0, 9.5, 8.9], [10.0, 9.5, 9.1]]), None, 10.0)
+    assert (out.escaped(), out.diverged(), out.final()) == (1, 0, 9.0)
