@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from ddpnopt import config
 from service.config import Settings
+from service.paper.presets import PRESETS
 from service.sweeps.documents import parse_spec, parse_yaml
 from service.sweeps.expand import plan
 from service.sweeps.spec import FeedbackSpec, ModelSpec, SweepSpec, TrainingSpec
@@ -127,3 +128,9 @@ def test_the_optional_keys_of_a_spec_are_told() -> None:
     assert set(rows("| optional key of the spec |")) == {"probes", "priority", "reuse", "device"}
     optional = {name for name, field in SweepSpec.model_fields.items() if not field.is_required()}
     assert optional == {"probes", "priority", "reuse", "device", "loss", "dtype"}
+
+
+def test_the_presets_are_all_told() -> None:
+    told = re.search(r"Presets so far: (.*?)\.\n", README, re.DOTALL)
+    assert told is not None
+    assert set(re.findall(r"`([^`]+)`", told.group(1))) == set(PRESETS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def test_the_same_preset_again_takes_the_sweeps_that_are_there(client: Client, s
     first = done(client, sqlite_engine, PRESETS["fig4a"])
     again = run(client, PRESETS["tables9-10"], last)  # the same specs
     assert {n: s["id"] for n, s in first.sweeps.items()} == {n: s["id"] for n, s in again.sweeps.items()}
+    assert "--quick" in replace(again, quick=True).notes()[0]
     assert len(client.sweeps()) == 3
 
 
@@ -139,6 +141,7 @@ def test_the_report_of_a_preset(name: str, client: Client, sqlite_engine: Engine
         assert tuple(header) == table.columns
         assert len(rows) == len(table.rows) > 0
     assert "wine" in section.notes[0]
+    assert "--quick" not in page
 
 
 @pytest.mark.usefixtures("tiny")
