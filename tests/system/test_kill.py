@@ -164,7 +164,7 @@ def test_stopping_leaves_nothing_behind_and_nothing_leased(fragile_service: Runn
         wait_until_training(fragile_service, sweep_id)
     family = descendants(fragile_service.process.pid)
     assert stop(fragile_service) == 0
-    assert not any(map(is_running, family))
+    wait_for(lambda: not any(map(is_running, family)), 30)
     engine = open_engine(fragile_service.database)
     with read(engine) as connection:
         assert set(connection.scalars(select(packs.c.state))) == {"queued"}
