@@ -80,7 +80,11 @@ def restore(url: str, copy: Path) -> None:
 
 
 def copies_in_mid_sweep(engine: Engine, rounds: int, folder: Path) -> list[Path]:
-    """Train, and make copies meanwhile, at moments that are spread over the rounds."""
+    """Train, and make copies at moments that are spread over the rounds.
+
+    The first is made while the training waits, so that it holds running packs for sure: a copy's own snapshot
+    may come so late after it was asked for that training that goes on has ended.
+    """
     moments = {rounds * (k + 1) // (SCALE.backups + 1): k for k in range(SCALE.backups)}
     found: dict[Path, Future[int]] = {}
     with ThreadPoolExecutor(1) as beside:
@@ -89,6 +93,8 @@ def copies_in_mid_sweep(engine: Engine, rounds: int, folder: Path) -> list[Path]
             if number in moments:
                 target = folder / f"copy-{moments[number]}"
                 found[target] = beside.submit(backup, engine, target)
+                if len(found) == 1:
+                    found[target].result()
 
         train(engine, "first", each_round)
         for size in found.values():
