@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.settings import allocations, interleaved, machine, save, trace_of
-from ddpnopt import BaselineOptimizer, DDPNOpt
+from benchmarks.settings import interleaved, machine, save
+from ddpnopt import BaselineOptimizer, DDPNOpt, allocations
 from ddpnopt.errors import ConfigError
 from ddpnopt.layers.modules import KEPT_BYTES
 
@@ -138,12 +137,6 @@ def times(
     return found
 
 
-def quiet() -> None:
-    """Set up the process that records memory: the profiler writes a line for every start and stop."""
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
 def peak_bytes(task: tuple[str, Sequence[int], int, str]) -> int | None:
     """Return what torch allocates for the model and three steps, at its peak; None if the net is refused."""
     method, widths, batch, device = task
@@ -161,15 +154,12 @@ def peak_bytes(task: tuple[str, Sequence[int], int, str]) -> int | None:
             before = torch.cuda.memory_allocated()
             train()
             return torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            train()
+        events = allocations.recorded(train)
     except ConfigError:
         return None
-    changes = allocations(trace_of(profile))
     # The buffer that is never written to (`modules.KEPT_BYTES`) is no memory.
-    return int(np.cumsum([change for _, change in changes if abs(change) != KEPT_BYTES // 2]).max())
+    sizes = [size for _, size in allocations.changes(events) if abs(size) != KEPT_BYTES // 2]
+    return int(np.cumsum(sizes).max())
 
 
 def exponents(device: str, repeats: int) -> dict[str, dict[str, float]]:
@@ -246,7 +236,7 @@ def measure(widths: Sequence[int], methods: Sequence[str], device: str, repeats:
         for method, value in found.items():
             seconds[method][batch] = value
     tasks = [(m, widths, b, device) for m in methods for b in seconds[m] if b in SLOW_BATCHES]
-    with multiprocessing.get_context("spawn").Pool(1, quiet) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
         peaks = pool.map(peak_bytes, tasks, chunksize=1)
     memory: dict[str, dict[int, int | None]] = {m: {} for m in methods}
     for (method, _, batch, _), value in zip(tasks, peaks, strict=True):

@@ -27,9 +27,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -40,7 +38,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.settings import allocations, machine, save, trace_of
+from benchmarks.settings import machine, save
+from ddpnopt import allocations
 from ddpnopt.config import (
     BaselineOptions,
     DType,
@@ -208,19 +207,6 @@ def cases() -> Iterator[Case]:
         yield Case("CNN 8-8-16-10 on 8x8", "ekfac", alone, runs=1)
 
 
-@contextmanager
-def _without_messages() -> Iterator[None]:
-    """Close the standard error: the profiler writes a line there for every start and stop."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 def allocated(*phases: Callable[[], object]) -> list[int]:
     """Make some calls, one after the other, and return what torch allocates for them.
 
@@ -228,19 +214,15 @@ def allocated(*phases: Callable[[], object]) -> list[int]:
         For each call, the bytes that torch's CPU allocator holds at the most while it goes on, of all that it
         made in these calls.
     """
-    with (
-        _without_messages(),
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile,
-    ):
+
+    def work() -> None:
         for phase in phases:
             with torch.profiler.record_function(PHASE):
                 phase()
-    events = trace_of(profile)
-    changes = allocations(events)
+
+    events = allocations.recorded(work)
     starts = sorted(e["ts"] for e in events if e["name"] == PHASE)
-    times, sizes = zip(*changes, strict=True)
+    times, sizes = zip(*allocations.changes(events), strict=True)
     held, phase_of = np.cumsum(sizes), np.searchsorted(starts, times, side="right") - 1
     return [int(held[phase_of == k].max()) for k in range(len(phases))]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,20 +27,6 @@ def interleaved(sides: Sequence[Callable[[], None]], repeats: int) -> list[float
             seconds[repeat, side] = time.perf_counter() - start
     medians: list[float] = np.median(seconds, axis=0).tolist()
     return medians
-
-
-def trace_of(profile: torch.profiler.profile) -> list[dict[str, Any]]:
-    """Return the events of a profiler's record."""
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
-    return events
-
-
-def allocations(events: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
-    """Return when torch's CPU allocator gave how many bytes, or took them back, in order of time."""
-    return sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
 
 
 def cpu_name() -> str:

@@ -27,6 +27,7 @@ from ddpnopt.lanes.library import Library, library
 from ddpnopt.layers.network import Controls
 from ddpnopt.linalg import DTYPES
 from ddpnopt.models import network
+from ddpnopt.pack import cost
 from ddpnopt.pack.batches import BatchStream
 from ddpnopt.pack.checkpoint import Checkpoints, key_of
 from ddpnopt.pack.lanes import LanePart
@@ -246,7 +247,13 @@ class Trainer:
         self.parts = _parts(runs, data, device, usable, threads or torch.get_num_threads())
         layers = first.model.layers(data.shape, int(data.train_targets.max()) + 1)
         self.recorder = Recorder(
-            first.probes, first.training, layers, data.shape, self.train_set, self.test_set
+            first.probes,
+            first.training,
+            layers,
+            data.shape,
+            self.train_set,
+            self.test_set,
+            _cost_of(runs, data, self.train_set, usable),
         )
         self.batches = BatchStream(distinct_seeds(runs), samples, batch_size, device)
         self.step = 0
@@ -474,6 +481,25 @@ def _parts(
             TensorPart(chosen, slow, seeds, net, shapes, device, running=running, norms=norms, library=usable)
         )
     return parts
+
+
+def _cost_of(
+    runs: Sequence[RunConfig], data: Dataset, train_set: Samples, usable: Library | None
+) -> Callable[[int], Tensor]:
+    """Return what tells the cost of an update of the run at a place, alone and by tensors: `cost.measure`."""
+    device = train_set.inputs.device
+
+    def of(place: int) -> Tensor:
+        run = runs[place]
+
+        def make() -> Part:
+            (part,) = _parts([run], data, device, usable, 1)
+            return part
+
+        batches = BatchStream((run.seed,), len(data.train_targets), run.training.batch_size, device)
+        return cost.measure(make, batches, train_set)
+
+    return of
 
 
 def _on_device(

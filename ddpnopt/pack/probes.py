@@ -42,6 +42,7 @@ class Recorder:
         sample: the shape of a sample.
         train_set: for spectra.
         test_set: for images.
+        cost_of: tells what an update of the run at a place costs alone, as `ddpnopt.pack.cost` measures it.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Recorder:
         sample: tuple[int, ...],
         train_set: Samples,
         test_set: Samples,
+        cost_of: Callable[[int], Tensor],
     ) -> None:
         self._training, self._layers, self._sample = training, layers, sample
-        self._train_set, self._test_set = train_set, test_set
+        self._train_set, self._test_set, self._cost_of = train_set, test_set, cost_of
         self._looks: dict[Probe, Look] = {"policy_spectrum": self._spectrum, "policy_image": self._images}
         # By place: a pack may have thousands of runs, of which each is asked for its own.
         self._points: dict[Probe, dict[int, list[Point]]] = {probe: {} for probe in probes}
@@ -65,8 +67,7 @@ class Recorder:
         for part in parts:
             assert isinstance(part, TensorPart)  # nothing with probes trains in lanes
             for probe in wanted:
-                taken = self._policies(probe, part) if probe in OF_POLICIES else self._norms(part)
-                for place, values in taken:
+                for place, values in self._taken(probe, part):
                     self._points[probe].setdefault(place, []).append((step, values))
 
     def of(self, place: int) -> dict[str, Record]:
@@ -96,6 +97,15 @@ class Recorder:
             }
             for probe in self._points
         }
+
+    def _taken(self, probe: Probe, part: TensorPart) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        if probe in OF_POLICIES:
+            return self._policies(probe, part)
+        return self._costs(part) if probe == "cost" else self._norms(part)
+
+    def _costs(self, part: TensorPart) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for place in part.index.tolist():
+            yield place, self._cost_of(place).float().numpy()
 
     def _norms(self, part: TensorPart) -> Iterator[tuple[int, NDArray[np.float32]]]:
         norms = part.take_update_norms().float().numpy(force=True)

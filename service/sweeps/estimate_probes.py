@@ -14,13 +14,30 @@ IMAGE_S: Final = 0.004
 """Of one image of one layer: 2 to 6 ms there."""
 
 
+COST_UPDATES: Final = 53
+COST_S: Final = 3.0
+"""A cost is taken of so many updates, of fewer if these take longer."""
+
+
 def seconds(
-    asked: Sequence[Probe], method: Method, training: TrainingConfig, layers: Sequence[LayerShape]
+    asked: Sequence[Probe],
+    method: Method,
+    training: TrainingConfig,
+    layers: Sequence[LayerShape],
+    update: float,
 ) -> float:
-    """Estimate the seconds that a run's probes take on one core; update norms come with the updates."""
+    """Estimate the seconds that a run's probes take on one core; update norms come with the updates.
+
+    Args:
+        asked: the probes.
+        method: the run's.
+        training: when they are taken.
+        layers: of the net.
+        update: seconds of one in a pack, which is less than of a run alone.
+    """
+    found = min(COST_S, COST_UPDATES * update) if "cost" in asked else 0.0
     if method == "baseline":
-        return 0.0
-    found = 0.0
+        return found
     if "policy_spectrum" in asked:
         found += SPECTRUM_S * sum(1 for _ in probes.points("policy_spectrum", training))
     if "policy_image" in asked:

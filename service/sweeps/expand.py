@@ -328,8 +328,9 @@ def _run_seconds(spec: SweepSpec, position: int, method: config.Method) -> float
     samples = info.test_size * sum(map(training.takes_test_metrics, points))
     if training.train_metrics == "full":
         samples += info.train_size * len(points)
-    looking = estimate_probes.seconds(spec.probes, method, training, spec.layers())
-    return training.steps * _step_seconds(spec, position, method) + point(net, samples) + looking
+    update = _step_seconds(spec, position, method)
+    looking = estimate_probes.seconds(spec.probes, method, training, spec.layers(), update)
+    return training.steps * update + point(net, samples) + looking
 
 
 def _step_seconds(spec: SweepSpec, position: int, method: config.Method) -> float:

@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from ddpnopt import BaselineOptimizer, DDPNOpt, probes
+from ddpnopt import BaselineOptimizer, DDPNOpt, allocations, probes
 from ddpnopt.config import FeedbackConfig, OptimizerConfig, Probe, RunConfig
 from ddpnopt.datasets.load import Dataset
 from ddpnopt.errors import ConfigError
 from ddpnopt.introspection import UpdateNorms, leading_feedback_image, policy_spectrum
 from ddpnopt.lanes import rules
 from ddpnopt.models import sequential
+from ddpnopt.pack import cost
 from ddpnopt.pack.checkpoint import Checkpoints
 from ddpnopt.pack.engine import Trainer, train
 from ddpnopt.results import Finished, RunResult, Stopped
 from ddpnopt.torch_optimizer import LayerOptimizer
 from tests.ddpnopt.problems import baseline, bits, results, run, toy
 
-ALL: tuple[Probe, ...] = get_args(Probe)
+ALL: tuple[Probe, ...] = tuple(probe for probe in get_args(Probe) if probe != "cost")
+"""Those whose records are the same each time."""
 STEPS, EVERY = 10, 4
 DATA = toy()
 IMAGES = toy(samples=60, features=36, shape=(1, 6, 6))
@@ -217,3 +219,58 @@ def test_the_numbers_are_counted():
         assert list(probes.points(probe, one.training)) == record.steps.tolist()
         assert record.values.shape[1:] == probes.shape(probe, layers, DATA.shape)
     assert isinstance(result, RunResult)
+
+
+# --- cost ---
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "plain", "sgd_vgr"])
+def test_a_cost_is_taken_of_every_run_at_the_end_and_changes_none(name):
+    one, two = (probed(name, seed, ("cost", "update_norm")) for seed in (0, 1))
+    found = results([one, two], DATA)
+    without = results([replace(run, probes=("update_norm",)) for run in (one, two)], DATA)
+    for result, plain in zip(found, without, strict=True):
+        cost = result.records["cost"]
+        assert bits(replace(result, records={"update_norm": result.records["update_norm"]})) == bits(plain)
+        assert cost.steps.tolist() == [STEPS]
+        ((seconds, peak),) = cost.values
+        assert 0 < seconds < 60
+        weights = sum(u.outputs * u.inputs for u in one.model.layers(DATA.shape, 3))
+        assert 4 * weights < peak < 2**27
+
+
+def test_a_cost_counts_the_bytes_of_a_batch(monkeypatch):
+    """Four times the batch: four times what a step holds of its samples, beside that of its weights."""
+    monkeypatch.setattr(cost, "MOST", 1)
+    small, large = (
+        results([probed("gauss-newton", asked=("cost",), batch_size=size)], DATA)[0].records["cost"].values[0]
+        for size in (8, 32)
+    )
+    assert large[1] > 2 * small[1]
+
+
+def test_what_is_allocated_and_freed_counts_at_its_peak():
+    def work() -> None:
+        first = torch.ones(2**18)
+        del first
+        second = torch.ones(2**19)
+        third = torch.ones(2**16)
+        del second, third
+
+    assert allocations.peak(work) == 4 * (2**19 + 2**16)
+
+
+def test_a_net_that_diverges_has_no_seconds(monkeypatch):
+    monkeypatch.setattr(cost, "FIRST", 1)
+    parts: list[Any] = []
+
+    class Gone:
+        index: tuple[int, ...] = ()
+
+        def advance(self, stretch: Any, train_set: Any) -> None:
+            parts.append(stretch)
+
+    trainer = Trainer([probed("sgd")], DATA, torch.device("cpu"))
+    found = cost.measure(Gone, trainer.batches, trainer.train_set)  # type: ignore[arg-type]
+    assert len(parts) == 2
+    assert torch.isnan(found[0])
