@@ -3,9 +3,9 @@
     python -m benchmarks.calibrate [--seeds 10] [--out docs/reproduction/calibration]
 
 The paper gives DIGITS five layers of 10 to 32 units with tanh and batches of 8 to 32 (A.6.1), and Fig. 4b's
-axis goes beyond 1500 iterations, but not to 2000. Within that, this trains the baselines of Tables 9 and 10, and no DDPNOpt at all,
-through a service of its own, as sweeps of grids without ε. The score of a setting is the root mean square
-over the table's learning rates of
+axis goes beyond 1500 iterations, but not to 2000. Within that, this trains the baselines of Tables 9 and 10,
+and no DDPNOpt at all, through a service of its own, as sweeps of grids without ε. The score of a setting is
+the root mean square over the table's learning rates of
 
     ln(loss / the paper's) / 0.25   and   (accuracy - the paper's) / 3 points
 
@@ -102,8 +102,9 @@ def scored(client: Client, sweep: dict[str, Any], baseline: str, width: int, bat
             means(client, sweep, grid, metric, baseline) for metric in ("train_loss", "accuracy")
         )
         text = ", ".join(f"{name} {value}" for name, value in options.items())
-        for steps, *found in zip(STEPS, losses, accuracies, strict=True):
-            yield Scored(baseline, width, batch, text, steps, *found, score(baseline, *found))
+        for steps, loss, accuracy in zip(STEPS, losses, accuracies, strict=True):
+            reached = score(baseline, loss, accuracy)
+            yield Scored(baseline, width, batch, text, steps, loss, accuracy, reached)
 
 
 def means(
