@@ -15,7 +15,7 @@ from fastapi.templating import Jinja2Templates
 from sqlalchemy import Connection
 
 from service import __version__
-from service.dashboard import views
+from service.dashboard import offers, views
 from service.http import Reading
 from service.results import figures
 from service.results.queries import heatmap
@@ -100,6 +100,15 @@ def log_page(
     return _page(request, "log.html", sweep=sweep, found=found)
 
 
+@router.get("/new")
+def new_sweep_page(
+    request: Request, spec: Annotated[str | None, Query(max_length=64)] = None
+) -> HTMLResponse:
+    """Offer the paper's presets, and a place to write a spec, which begins as one of theirs."""
+    begun, text = offers.spec_text(spec)
+    return _page(request, "new.html", offers=offers.every(request.app.state.settings), begun=begun, text=text)
+
+
 @router.get("/cluster")
 def cluster_page(request: Request, connection: Reading) -> HTMLResponse:
     """Show the machines, what runs where and for whom."""
@@ -122,7 +131,7 @@ def plotly_script() -> FileResponse:
 
 
 def mount_static(app: FastAPI) -> None:
-    """Serve the style sheet and the page's script."""
+    """Serve the style sheet and the pages' scripts."""
     app.mount("/static", StaticFiles(directory=HERE / "static"))
 
 

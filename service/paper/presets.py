@@ -5,6 +5,8 @@ Adding one: a spec in `presets/`, a row in `PRESETS`, and a row in `build.BUILDE
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +85,12 @@ PRESETS: Final[Mapping[str, Preset]] = {
 def spec(name: str) -> dict[str, Any]:
     """Return a spec of `presets/` as a document."""
     return parse_yaml((FOLDER / f"{name}.yaml").read_bytes())
+
+
+def idempotency_key(document: Mapping[str, Any]) -> str:
+    """Return the key that a preset's spec is submitted with, whoever submits it: what is there is taken."""
+    body = json.dumps(document, sort_keys=True).encode()
+    return f"reproduce-{hashlib.sha256(body).hexdigest()[:32]}"
 
 
 def get(name: str) -> Preset:

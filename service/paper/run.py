@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from service.client import Client
 from service.errors import SetupError
-from service.paper.presets import Preset
+from service.paper.presets import Preset, idempotency_key
 from service.paper.results import Results
 
 Follow = Callable[[str, Iterable[dict[str, Any]]], dict[str, Any]]
@@ -36,9 +35,8 @@ def run(client: Client, preset: Preset, follow: Follow, *, quick: bool = False) 
 
 
 def _submit(client: Client, document: dict[str, Any]) -> str:
-    body = json.dumps(document, sort_keys=True).encode()
-    key = f"reproduce-{hashlib.sha256(body).hexdigest()[:32]}"
-    sweep = client.submit(body, "application/json", idempotency_key=key)
+    body = json.dumps(document).encode()
+    sweep = client.submit(body, "application/json", idempotency_key=idempotency_key(document))
     if sweep["state"] in ("failed", "cancelled"):
         client.retry(sweep["id"])
     elif sweep["state"] in ("paused", "pausing"):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
 from service.auth.roles import DEFAULT_TEAM, Caller, check_priority
+from service.config import Settings
 from service.dispatch.states import Action, PackState
 from service.errors import FieldError, InvalidInputError
 from service.http import Reading, RequestBody, Writing, problems
@@ -32,9 +33,18 @@ SPEC_BODY: Final[dict[str, Any]] = {
 }
 
 
+def planned_here(spec: SweepSpec, settings: Settings) -> Plan:
+    """Plan a spec for the devices that this service is set to.
+
+    Raises:
+        InvalidInputError: if a single run is too large for them.
+    """
+    return plan(spec, settings.device_for(spec.device.kind))
+
+
 def _planned(body: RequestBody, request: Request) -> tuple[SweepSpec, Plan]:
     spec = body.spec()
-    return spec, plan(spec, request.app.state.settings.device_for(spec.device.kind))
+    return spec, planned_here(spec, request.app.state.settings)
 
 
 def _caller(
@@ -55,13 +65,7 @@ Planned = Annotated[tuple[SweepSpec, Plan], Depends(_planned)]
 @router.post("/validate", openapi_extra=SPEC_BODY, responses=problems(413))
 def validate_sweep(planned: Planned) -> Validated:
     """Check a spec and say what it comes to; nothing is stored."""
-    spec, found = planned
-    return Validated(
-        runs=found.runs_total,
-        packs=len(found.packs),
-        run_steps=found.runs_total * spec.training.steps,
-        estimated_seconds=round(found.seconds, 1),
-    )
+    return Validated.of(*planned)
 
 
 @router.post(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel
 
 from service.dispatch.states import Action, PackState, SweepState, possible_actions
+from service.sweeps.expand import Plan
 from service.sweeps.packs import PackRow
 from service.sweeps.queries import SweepRow
+from service.sweeps.spec import SweepSpec
 
 
 class Validated(BaseModel):
@@ -23,6 +25,16 @@ class Validated(BaseModel):
     packs: int
     run_steps: int
     estimated_seconds: float
+
+    @classmethod
+    def of(cls, spec: SweepSpec, plan: Plan) -> Self:
+        """Count what is planned."""
+        return cls(
+            runs=plan.runs_total,
+            packs=len(plan.packs),
+            run_steps=plan.runs_total * spec.training.steps,
+            estimated_seconds=round(plan.seconds, 1),
+        )
 
 
 class Progress(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from html import unescape
@@ -11,17 +12,26 @@ import pytest
 from sqlalchemy import Engine, event, update
 from starlette.testclient import TestClient
 
+from ddpnopt.datasets.load import FILE_READERS
 from service.app import create_app
+from service.client import Client
 from service.config import Settings
-from service.dashboard import views
+from service.dashboard import offers, views
+from service.dashboard.pages import duration
 from service.db.engine import read, write
 from service.db.tables import dispatchers, packs, sweeps
 from service.dispatch import leases
+from service.errors import SetupError
+from service.paper import presets
+from service.paper.presets import PRESETS, Preset
+from service.paper.run import run
 from service.sweeps import queries
+from service.sweeps.documents import parse_yaml
 from service.sweeps.schemas import Sweep
 from tests.conftest import ALONE, SMALL_SPEC
 from tests.service import stage
 from tests.service.helpers import ENVIRONMENT, outcome, pack_rows, submit
+from tests.service.test_cli import InProcess
 
 SWEEPS = "/api/v1/sweeps"
 HOST = "127.0.0.1:8321"
@@ -292,6 +302,123 @@ def test_the_cluster_page_is_bounded(
     page = client.get("/cluster").text
     assert "and 2 more" in page  # machines
     assert "and 1 more" in page  # teams
+
+
+# --- new sweeps ---
+
+
+def offered_sweeps(page: str) -> dict[str, list[dict[str, Any]]]:
+    """Return what each of the buttons submits, by its name."""
+    buttons = re.findall(r"<button[^>]*aria-label=\"([^\"]*)\"[^>]*data-sweeps='([^']*)'>", page)
+    return {unescape(label): json.loads(unescape(sweeps)) for label, sweeps in buttons}
+
+
+def test_the_page_for_new_sweeps_offers_every_preset_in_two_sizes(client: TestClient) -> None:
+    page = client.get("/new")
+    assert page.status_code == 200
+    policy = page.headers["Content-Security-Policy"]
+    assert "script-src 'self';" in policy
+    assert "form-action 'none'" in policy
+    for element in ("<form", "<script>", "onclick"):
+        assert element not in page.text
+    offered = offered_sweeps(page.text)
+    assert list(offered) == [f"Submit {size}: {name}" for name in PRESETS for size in ("quick", "full")]
+    for name, preset in PRESETS.items():
+        assert f"{preset.title} <code>{name}</code>" in unescape(page.text)
+        for size in ("quick", "full"):
+            documents = preset.documents(quick=size == "quick")
+            sweeps = offered[f"Submit {size}: {name}"]
+            assert {sweep["name"]: sweep["spec"] for sweep in sweeps} == documents
+
+
+def test_the_page_counts_as_validate_does(client: TestClient) -> None:
+    page = client.get("/new").text
+    for label, submitted in offered_sweeps(page).items():
+        size, name = label.removeprefix("Submit ").split(": ")
+        found = [client.post(f"{SWEEPS}/validate", json=sweep["spec"]).json() for sweep in submitted]
+        runs, updates, seconds = (
+            sum(one[key] for one in found) for key in ("runs", "run_steps", "estimated_seconds")
+        )
+        words = f'id="size-{name}-{size}">{runs:,} runs, {updates:,} updates, {duration(seconds)}\n'
+        assert words in page
+
+
+def test_the_page_says_which_files_a_preset_needs(client: TestClient) -> None:
+    articles = re.findall(
+        r'<article class="preset" aria-labelledby="title-([^"]*)">(.*?)</article>',
+        client.get("/new").text,
+        re.DOTALL,
+    )
+    assert [name for name, _ in articles] == list(PRESETS)
+    for name, article in articles:
+        datasets = {document["dataset"] for document in PRESETS[name].documents().values()}
+        assert ("Needs the files of" in article) == bool(datasets & set(FILE_READERS))
+    assert "Needs the files of mnist</strong>" in dict(articles)["fig5"]
+
+
+def test_what_a_button_submits_is_what_reproduce_submits(client: TestClient) -> None:
+    (sweep,) = offered_sweeps(client.get("/new").text)["Submit quick: fig9"]
+    headers = {"Idempotency-Key": sweep["key"], "Sec-Fetch-Site": "same-origin"}
+    first = client.post(SWEEPS, json=sweep["spec"], headers=headers)
+    again = client.post(SWEEPS, json=sweep["spec"], headers=headers)
+    assert (first.status_code, again.status_code) == (201, 200)
+    with Client(f"http://{HOST}", InProcess(client)) as api, pytest.raises(SetupError, match="cancelled"):
+        run(api, PRESETS["fig9"], lambda _, states: api.cancel(next(iter(states))["id"]), quick=True)
+    (only,) = client.get(SWEEPS).json()["sweeps"]
+    assert (only["id"], only["state"]) == (first.json()["id"], "cancelled")
+
+
+def test_a_preset_that_is_too_large_here_says_why(sqlite_engine: Engine) -> None:
+    database = sqlite_engine.url.render_as_string()
+    app = create_app(Settings(database_url=database, slots=1, pack_memory=64 * 2**20))
+    with TestClient(app, base_url=f"http://{HOST}") as client:
+        page = client.get("/new").text
+        full = client.post(f"{SWEEPS}/validate", json=PRESETS["fig5"].documents()["fig5"])
+    assert full.status_code == 422
+    assert f'<p class="problem">Full: {full.json()["detail"]}</p>' in unescape(page)
+    assert "Submit full: fig5" not in offered_sweeps(page)
+    assert "Submit full: fig4a" in offered_sweeps(page)
+
+
+def test_a_presets_words_are_escaped(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = "\"'><script>alert(1)</script>"
+    preset = Preset("evil", evil, ("fig9",), {"name": evil})
+    monkeypatch.setattr(offers, "PRESETS", {"evil": preset})
+    page = client.get("/new").text
+    assert "<script>" not in page
+    assert offered_sweeps(page)["Submit quick: evil"][0]["spec"]["name"] == evil
+
+
+def text_area(page: str) -> str:
+    # A line break just behind the tag is no part of the text.
+    (text,) = re.findall(r'<textarea id="own-spec"[^>]*>\n(.*?)</textarea>', page, re.DOTALL)
+    return unescape(text)
+
+
+@pytest.mark.parametrize("name", sorted({name for preset in PRESETS.values() for name in preset.sweeps}))
+def test_a_spec_of_ones_own_begins_as_any_of_the_presets(client: TestClient, name: str) -> None:
+    page = client.get("/new").text
+    assert f'href="/new?spec={name}#own"' in page
+    text = text_area(client.get(f"/new?spec={name}").text)
+    assert text.encode() == (presets.FOLDER / f"{name}.yaml").read_bytes()
+    assert parse_yaml(text.encode()) == presets.spec(name)
+
+
+def test_a_spec_of_ones_own_begins_as_the_first_if_none_is_named(client: TestClient) -> None:
+    assert parse_yaml(text_area(client.get("/new").text).encode()) == presets.spec("fig4a-sgd")
+
+
+@pytest.mark.parametrize("name", ["fig7", "", "../presets/fig9", "%00", "fig9.yaml"])
+def test_no_other_file_is_shown(client: TestClient, name: str) -> None:
+    assert client.get(f"/new?spec={name}").status_code == 404
+
+
+def test_the_page_for_new_sweeps_is_linked(client: TestClient) -> None:
+    page = client.get("/").text
+    assert 'class="button" href="/new"' in page
+    assert '<a href="/new">New sweep</a>' in client.get("/cluster").text
+    for script in re.findall(r'<script src="([^"]*)"', client.get("/new").text):
+        assert client.get(script).status_code == 200
 
 
 # --- other sites' pages ---

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, Request, Route, expect, sync_playwright
 from sqlalchemy import Engine, update
 
 from service.app import create_app
@@ -24,6 +25,7 @@ from service.client import Client
 from service.config import Settings
 from service.db.engine import write
 from service.db.tables import sweeps
+from service.paper.presets import PRESETS, idempotency_key
 from tests.service import stage
 from tests.system.conftest import Running, wait_for
 from tests.system.test_kill import submit
@@ -266,6 +268,127 @@ def test_a_paused_sweep_is_asked_about_less_often(url: str, page: Page, sqlite_e
     with write(sqlite_engine) as connection:
         connection.execute(update(sweeps).values(runs_reused=5))
     expect(page.locator("#runs-reused")).to_have_text("5 reused", timeout=15_000)
+
+
+OWN = """
+name: my own
+dataset: wine
+model: {kind: fcn, hidden: [4], activation: tanh}
+training: {steps: 20, batch_size: 16}
+seeds: 1
+grids:
+  - {baseline: sgd, learning_rate: [0.1], vxx_reg: [1.0e-4]}
+"""
+
+
+def test_a_spec_of_ones_own_is_checked_and_submitted(url: str, page: Page, shots: Path) -> None:
+    page.goto(url)
+    page.get_by_role("main").get_by_role("link", name="New sweep").click()
+    expect(page.get_by_role("heading", name="From the paper")).to_be_visible()
+    page.screenshot(path=shots / "dashboard-new.png", full_page=True)
+    page.get_by_role("link", name="fig9", exact=True).click()
+    spec = page.get_by_label("Spec, in YAML")
+    expect(spec).to_have_value(re.compile("name: fig9"))
+    spec.fill(OWN)
+    page.evaluate("window.neverReloaded = true")
+    # By the keyboard alone.
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    said = page.locator("#own-said")
+    expect(said).to_have_text(
+        re.compile(r"^The spec is good: 2 runs in 1 pack, 40 updates, about \d+ s of one core")
+    )
+    spec.press("End")
+    spec.press("Space")
+    expect(said).to_be_empty()
+    page.get_by_role("button", name="Submit", exact=True).click()
+    page.wait_for_url(re.compile("/sweeps/"))
+    expect(page.get_by_role("heading", level=1)).to_contain_text("my own")
+    expect(page.locator(".facts .state")).to_have_text("queued")
+
+
+def test_what_is_wrong_in_a_spec_is_told_field_by_field(url: str, browser: Browser, shots: Path) -> None:
+    """Not with the strict page: the browser reports a refused request as an error of its own."""
+    with browser.new_context(viewport={"width": 400, "height": 800}) as context:
+        page = context.new_page()
+        page.goto(f"{url}/new")
+        spec, alert = page.get_by_label("Spec, in YAML"), page.locator("#own-alert")
+        spec.fill(OWN.replace("wine", "<b>wine").replace("[0.1]", "[0.1, -1]"))
+        for button in ("Validate", "Submit"):
+            page.get_by_role("button", name=button, exact=True).click()
+            expect(alert).to_contain_text("The spec has 2 errors:")
+            expect(alert.get_by_role("listitem").first).to_contain_text(
+                'dataset: got "<b>wine"; allowed: one of'
+            )
+            expect(alert.get_by_role("listitem").last).to_contain_text("grids[0].learning_rate[1]: got -1")
+            expect(alert).to_be_in_viewport()
+            expect(spec).to_have_attribute("aria-invalid", "true")
+        page.screenshot(path=shots / "dashboard-new-errors.png")
+        assert page.evaluate("document.documentElement.scrollWidth") == 400
+        page.route("**/api/v1/sweeps", lambda route: route.abort())
+        spec.fill(OWN)
+        page.get_by_role("button", name="Submit", exact=True).click()
+        expect(alert).to_have_text("The server does not answer. Try again later.")
+        expect(spec).to_have_attribute("aria-invalid", "false")
+
+
+def test_an_answer_that_got_lost_makes_no_second_sweep(url: str, browser: Browser) -> None:
+    """The sweep is stored, but the page does not hear of it; a changed spec is another one."""
+    with browser.new_context() as context, Client(url) as client:
+        page = context.new_page()
+        page.goto(f"{url}/new")
+
+        def lose(route: Route) -> None:
+            route.fetch()
+            route.abort()
+
+        page.route("**/api/v1/sweeps", lose)
+        for text, names in ((OWN, ["my own"]), (OWN.replace("my own", "mine"), ["mine", "my own"])):
+            page.get_by_label("Spec, in YAML").fill(text)
+            for _ in range(2):
+                page.get_by_role("button", name="Submit", exact=True).click()
+                expect(page.locator("#own-alert")).to_contain_text("does not answer")
+            assert [sweep["name"] for sweep in client.sweeps()] == names
+
+
+def test_the_papers_sweeps_are_submitted_once(url: str, page: Page) -> None:
+    sent: list[tuple[str, str]] = []
+
+    def note(request: Request) -> None:
+        if request.method == "POST":
+            sent.append((request.headers["idempotency-key"], request.post_data_json["name"]))
+
+    page.on("request", note)
+    with Client(url) as client:
+        page.goto(f"{url}/new")
+        page.get_by_role("button", name="Submit quick: fig9").click()
+        page.wait_for_url(re.compile("/sweeps/"))
+        (first,) = client.sweeps()
+        assert page.url.endswith(first["id"])
+        assert (first["name"], first["spec"]["seeds"]) == ("fig9", 3)
+
+        # Several sweeps lead to the list; those that are there are taken.
+        documents = PRESETS["fig4a"].documents()
+        for _ in range(2):
+            page.goto(f"{url}/new")
+            page.get_by_role("button", name="Submit full: fig4a").click()
+            page.wait_for_url(f"{url}/")
+            assert len(client.sweeps()) == 4
+        expected = [(idempotency_key(document), document["name"]) for document in documents.values()]
+        assert sent[1:] == expected * 2
+
+
+def test_a_preset_that_is_refused_says_why(url: str, browser: Browser) -> None:
+    with browser.new_context() as context, Client(url) as client:
+        client.put_team("default", max_queued_runs=10)
+        page = context.new_page()
+        page.goto(f"{url}/new")
+        page.get_by_role("button", name="Submit quick: fig9").click()
+        alert = page.locator("#alert-fig9")
+        expect(alert).to_contain_text("fig9: ")
+        expect(alert).to_contain_text("10")
+        assert client.sweeps() == []
+        assert page.url == f"{url}/new"
 
 
 def test_the_cluster(url: str, page: Page, sqlite_engine: Engine, shots: Path) -> None:

@@ -28,11 +28,6 @@ function isOver(live) {
   return OVER.includes(stateOf(live));
 }
 
-function say(id, words) {
-  const place = document.getElementById(id);
-  if (place !== null) place.textContent = words;
-}
-
 // A selector under which an element is found again in the next version of the live part.
 function placeOf(element) {
   if (element.id) return `#${CSS.escape(element.id)}`;
@@ -82,24 +77,12 @@ async function refresh(live) {
   if (!isOver(live)) schedule(live, reached && stateOf(live) !== "paused" ? PERIOD_MS : SLOW_PERIOD_MS);
 }
 
-async function problemOf(answer) {
-  try {
-    return (await answer.json()).detail;
-  } catch (error) {
-    return `The server answered ${answer.status}.`;
-  }
-}
-
 async function act(live, button) {
   if (acting || (button.dataset.confirm && !confirm(button.dataset.confirm))) return;
   acting = true;
   say("alert", "");
-  try {
-    const answer = await fetch(button.dataset.post, { method: "POST" });
-    if (!answer.ok) say("alert", await problemOf(answer));
-  } catch (error) {
-    say("alert", "The server does not answer. Try again later.");
-  }
+  const { problem } = await ask(button.dataset.post);
+  if (problem) say("alert", problem.detail);
   acting = false;
   await refresh(live);
 }
