@@ -40,7 +40,7 @@ PRECONDITIONER_OF: Final[Mapping[str, PreconditionerName]] = {
 }
 """The preconditioner of each baseline that has a DDPNOpt partner."""
 
-NUMERICS_VERSION: Final = 3
+NUMERICS_VERSION: Final = 4
 """Raised whenever a change alters the bits of any run's result; stored with every result."""
 
 MMC_NORM: Final = 10.0

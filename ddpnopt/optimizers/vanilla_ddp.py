@@ -12,6 +12,14 @@ with f linearised (first order; f_xx, f_uu and f_ux dropped, as in Eq. 12) and h
 Forward, δu = α k + K δX with the states of the new controls; the learning rate is α, and 1 is DDP as written.
 A layer whose learning rate is zero has no controls. ε is not used.
 
+A layer with more inputs than the batch has samples is solved within what the batch spans: with x̄ᵀ = Q₀ R₀,
+Q₀ of B orthonormal columns, the controls are u Q₀ and the inputs R₀ᵀ. Beside the span g_u is zero, so that
+Q_uX is too, Q_uu is (λ + μ) I and Q_u is λ u_⊥, u_⊥ = u - u Q₀ Q₀ᵀ. Hence
+
+    δu = (α k + K δX) Q₀ᵀ + α k_⊥,    k_⊥ = -λ/(λ + μ) u_⊥
+
+with k and K of the span. Where λ is zero, k_⊥ is, also without μ: of all steps that solve, the shortest.
+
 Everything is solved by the Cholesky factor of Q_uu = L Lᵀ. Where Q_uu is not positive definite, that run's
 update is NaN from this layer on.
 
@@ -20,7 +28,7 @@ Memory grows by p² + p·B·n + (B·n)² for a layer of p controls and n states 
 alone (the paper: N/A for CNNs).
 
 Index legend: t layer, r run in the pack, b sample, o outputs, i inputs, ī inputs and the constant one,
-p controls o·ī in a row, K columns.
+m = min(ī, B) coordinates of the span, p controls o·m in a row, K columns.
 """
 
 from __future__ import annotations
@@ -55,15 +63,60 @@ class JointValue:
 
 @dataclass(frozen=True, slots=True)
 class JointGains:
-    """δu = α k + K δX of one layer.
+    """δu = α k + K δX of one layer, as far as the batch spans it.
 
     Attributes:
         k: (R, p, 1).
         K: (R, p, B·n); None at t = 0, where δX is zero.
+        basis: Q₀, (R, ī, m); None is the identity.
+        k_outside: k_⊥, (R, o, ī); None is zero.
     """
 
     k: Tensor
     K: Tensor | None
+    basis: Tensor | None = None
+    k_outside: Tensor | None = None
+
+    def step(self, learning_rate: Tensor, dX: Tensor | None, outputs: int) -> Tensor:
+        """Return δu, (R, o, ī), for α (R, 1, 1), δX (R, B·n, 1) or zero, and o."""
+        du = learning_rate * self.k
+        if self.K is not None and dX is not None:
+            du = du + linalg.bmm(self.K, dX)
+        du = du.reshape(len(du), outputs, -1)
+        if self.basis is not None:
+            du = linalg.bmm(du, self.basis.mT)
+        return du if self.k_outside is None else du + learning_rate * self.k_outside
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the inputs of a batch span: x̄ = c Q₀ᵀ.
+
+    Attributes:
+        coordinates: c = R₀ᵀ, (R, B, m); x̄ itself without a basis.
+        basis: Q₀, (R, ī, m), of orthonormal columns; None is the identity.
+    """
+
+    coordinates: Tensor
+    basis: Tensor | None = None
+
+    @classmethod
+    def of(cls, x_bar: Tensor) -> Span:
+        """Return the span of x̄ (R, B, ī), with a basis where it is less than everything."""
+        if x_bar.shape[1] >= x_bar.shape[2]:
+            return cls(x_bar)
+        # Samples that depend on others leave zeros on R₀'s diagonal and columns of Q₀ that nothing needs.
+        basis, upper = torch.linalg.qr(x_bar.mT)
+        return cls(upper.mT, basis)
+
+    def reduce(self, controls: Tensor) -> Tensor:
+        """Return v Q₀ for v (R, o, ī): (R, o, m)."""
+        return controls if self.basis is None else linalg.bmm(controls, self.basis)
+
+    def outside(self, controls: Tensor) -> Tensor:
+        """Return v - v Q₀ Q₀ᵀ for v (R, o, ī), of a span with a basis."""
+        assert self.basis is not None
+        return controls - linalg.bmm(linalg.bmm(controls, self.basis), self.basis.mT)
 
 
 class VanillaDDP:
@@ -115,13 +168,13 @@ class VanillaDDP:
             stage, inputs = network.stages[t], trajectory.inputs[t]
             assert isinstance(stage.affine, Linear)
             value = through_sigma(linearise(stage, trajectory.tapes[t]), value)
-            layer = JointLayer(stage.affine, inputs, controls[t], rates[t], quu_reg)
+            layer = JointLayer.of(stage.affine, inputs, controls[t], rates[t], quu_reg)
             Q_u = layer.Q_u(value)
             found.append(Quantity(t, "Q_u", Q_u))
             if t > 0:
                 policy, value = layer.gains_and_value(Q_u, value)
             else:
-                policy = JointGains(-layer.solve(value, Q_u)[1], None)
+                policy = layer.gains(layer.solve(value, layer.in_span(Q_u))[1])
             found.append(Quantity(t, "Q_uu", policy.k))
             gains.append(policy)
         self._apply(gains[::-1], controls, trajectory, rates)
@@ -146,11 +199,8 @@ class VanillaDDP:
         stages, x_hat = self.members.network.stages, trajectory.inputs[0]
         for t, (policy, u, stage) in enumerate(zip(gains, controls, stages, strict=True)):
             affine, inputs = stage.affine, trajectory.inputs[t]
-            du = rates[t].learning_rate * policy.k
-            if policy.K is not None:
-                dX = affine.difference(x_hat, inputs).flatten(1).unsqueeze(-1)
-                du = du + linalg.bmm(policy.K, dX)
-            u.add_(du.reshape(u.shape))
+            dX = affine.difference(x_hat, inputs).flatten(1).unsqueeze(-1) if t > 0 else None
+            u.add_(policy.step(rates[t].learning_rate, dX, u.shape[1]))
             if t < len(controls) - 1:
                 x = again(stage, affine.forward(x_hat, u), trajectory.tapes[t])
                 x_hat = stages[t + 1].affine.prepare(x)
@@ -177,6 +227,7 @@ class JointLayer:
         u: (R, o, ī).
         rates: λ, and whether the layer learns at all.
         quu_reg: μ.
+        span: of x̄.
     """
 
     affine: Linear
@@ -184,16 +235,40 @@ class JointLayer:
     u: Tensor
     rates: Rates
     quu_reg: float
+    span: Span
+
+    @classmethod
+    def of(cls, affine: Linear, inputs: Tensor, u: Tensor, rates: Rates, quu_reg: float) -> JointLayer:
+        """Return the layer with the span of its inputs: see the attributes."""
+        return cls(affine, inputs, u, rates, quu_reg, Span.of(affine.augment(inputs)))
 
     def Q_u(self, value: JointValue) -> Tensor:
-        """Return Q_u, (R, p, 1)."""
+        """Return Q_u, (R, o, ī)."""
         gradient = self.affine.gradient(value.V_X, self.inputs, self.u)
         if self.rates.decay is not None:
             gradient = gradient + self.rates.decay * self.u
-        return gradient.flatten(1).unsqueeze(-1)
+        return gradient
+
+    def in_span(self, Q_u: Tensor) -> Tensor:
+        """Return Q_u (R, o, ī) in the coordinates of the span, (R, p, 1)."""
+        return self.span.reduce(Q_u).flatten(1).unsqueeze(-1)
+
+    def gains(self, solved: Tensor) -> JointGains:
+        """Return the policy from Q_uu⁻¹ [Q_u, Q_uX], (R, p, 1 + B·n); from Q_uu⁻¹ Q_u alone at t = 0."""
+        K = -solved[..., 1:] if solved.shape[2] > 1 else None
+        return JointGains(-solved[..., :1], K, self.span.basis, self.k_outside())
+
+    def k_outside(self) -> Tensor | None:
+        """Return k_⊥ = -λ/(λ + μ) u_⊥, (R, o, ī); None where it is zero for all runs."""
+        decay, rate = self.rates.decay, self.rates.learning_rate
+        if self.span.basis is None or decay is None:
+            return None
+        # λ is a run's own: a run without it may have μ = 0 as well, and 0/0.
+        share = torch.where((decay > 0) & (rate != 0), decay / (decay + self.quu_reg), 0)
+        return -share * self.span.outside(self.u)
 
     def gains_and_value(self, Q_u: Tensor, value: JointValue) -> tuple[JointGains, JointValue]:
-        """Return the policy, and the value before the layer (Eq. 4-5)."""
+        """Return the policy, and the value before the layer (Eq. 4-5), for Q_u (R, o, ī)."""
         batch = self.inputs.shape[1]
 
         def pull(rows: Tensor) -> Tensor:
@@ -205,10 +280,10 @@ class JointLayer:
         Q_X = pull(value.V_X.unsqueeze(2)).squeeze(2)
         Q_XX = pull_joint(pull, A.mT, batch, outputs)
         # With y = L⁻¹ [Q_u, Q_uX], the products with Q_uu⁻¹ are those of y's columns.
-        y, solved = self.solve(value, torch.cat((Q_u, Q_uX), dim=-1))
+        y, solved = self.solve(value, torch.cat((self.in_span(Q_u), Q_uX), dim=-1))
         reduction = linalg.bmm(y[..., 1:].mT, y)
         V_X = Q_X - reduction[..., 0].reshape(Q_X.shape)
-        return JointGains(-solved[..., :1], -solved[..., 1:]), JointValue(V_X, Q_XX - reduction[..., 1:])
+        return self.gains(solved), JointValue(V_X, Q_XX - reduction[..., 1:])
 
     def solve(self, value: JointValue, right: Tensor) -> tuple[Tensor, Tensor]:
         """Return L⁻¹ Y and Q_uu⁻¹ Y for Y (R, p, K); NaN for a run whose Q_uu is not positive definite."""
@@ -228,10 +303,10 @@ class JointLayer:
         return matrix
 
     def pull_controls(self, columns: Tensor) -> Tensor:
-        """Return Σ_b g_uᵀ M_b of M (R, B·o, K): (R, p, K), from g_uᵀ v = v x̄ᵀ."""
-        x_bar = self.affine.augment(self.inputs)
-        runs, batch, features = x_bar.shape
-        by_input = linalg.bmm(x_bar.mT, columns.reshape(runs, batch, -1))  # (R, ī, o·K)
+        """Return Σ_b g_uᵀ M_b of M (R, B·o, K): (R, p, K), from g_uᵀ v = v cᵀ, c the coordinates of x̄."""
+        c = self.span.coordinates
+        runs, batch, features = c.shape
+        by_input = linalg.bmm(c.mT, columns.reshape(runs, batch, -1))  # (R, m, o·K)
         by_output = by_input.reshape(runs, features, -1, columns.shape[-1]).transpose(1, 2)
         return by_output.flatten(1, 2)
 
