@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from ddpnopt.config import EVAL_CHUNK, BaselineOptions, DType, LoneBaseline
-from ddpnopt.dense import required_bytes, working_numbers
+from ddpnopt.dense import basis_numbers, controls_in_span, required_bytes, working_numbers
 from ddpnopt.lanes.rules import NUMBER_BYTES
 from service.sweeps.estimate import (
     CALL_SECONDS,
@@ -170,6 +170,8 @@ def _enter_vanilla(book: Book, options: BaselineOptions) -> None:
     _enter_forward_pass(book)
     of_one = replace(book, held=0.0, peak=0.0)
     _enter_dense_turns(of_one)
+    # Q_u, of which only the coordinates are solved for, stays for the search of what diverged.
+    book.hold(sum(layer.controls for layer in book.net if basis_numbers(layer.i, book.batch)))
     at_once = max(1, options.memory_limit // matrices(book.net, book.batch, book.dtype))
     book.need(min(at_once, book.runs) * of_one.peak / book.runs)
 
@@ -179,8 +181,10 @@ def _enter_dense_turns(book: Book) -> None:
     value = (book.batch * book.net[-1].h) ** 2
     book.hold(value)
     for layer in reversed(book.net):
+        _enter_span(book, layer)
         at_start = book.held
-        p, after, before = layer.controls, book.batch * layer.h, 0 if layer.first else book.batch * layer.n
+        p = controls_in_span(layer.o, layer.i, book.batch)
+        after, before = book.batch * layer.h, 0 if layer.first else book.batch * layer.n
         columns = p * (1 + before)  # Q_u and Q_uX, and what they are solved into
         book.need(3 * value if layer.pulled else 0)  # V_hh
         for matrix in (after * before, p * before, before**2):  # A, Q_uX, Q_XX, each laid out anew
@@ -196,6 +200,22 @@ def _enter_dense_turns(book: Book) -> None:
         book.release(book.held - at_start + value)
         book.hold(columns + before**2)
         value = before**2
+    # δu; with weight decay also what lies outside of the span, and the sum.
+    changes = 3 if book.method.options.weight_decay else 1
+    book.need(*(changes * layer.controls for layer in book.net if basis_numbers(layer.i, book.batch)), 0)
+
+
+def _enter_span(book: Book, layer: Layer) -> None:
+    """Enter what a layer with more inputs than samples has besides: Q₀ and, with weight decay, k_⊥ stay."""
+    basis = basis_numbers(layer.i, book.batch)
+    if basis == 0:
+        return
+    book.need(4 * basis)  # x̄, once more in the order of its factorisation, and Q₀ before and after it
+    book.hold(basis)
+    book.need(book.gradient(layer) - layer.controls)  # besides Q_u
+    if book.method.options.weight_decay:
+        book.need(3 * layer.controls)  # u_⊥, and its part
+        book.hold(layer.controls)
 
 
 _ENTERING: Final[dict[LoneBaseline, Callable[[Book, BaselineOptions], None]]] = {
@@ -250,9 +270,10 @@ def _vanilla_seconds(net: Sequence[Layer], batch: int, lone: Lone) -> float:
 
 def _dense_macs(o: int, i: int, batch: int, *, first: bool) -> float:
     """Count the multiplications with additions of a layer: its matrices, Q_uu's factor, solutions, V_XX."""
-    p, after, before = o * i, batch * o, 0 if first else batch * i
+    p, after, before = controls_in_span(o, i, batch), batch * o, 0 if first else batch * i
+    of_basis = basis_numbers(i, batch) * (2 * batch + 2 * o)  # R₀, Q₀, and the ways into the span and back
     of_controls = p * batch * (after + p) + p**3 / 6
-    return of_controls + before * (after * o + p * o + 2 * p * p + before * (o + p))
+    return of_basis + of_controls + before * (after * o + p * o + 2 * p * p + before * (o + p))
 
 
 _TAKING: Final[dict[LoneBaseline, Callable[[Sequence[Layer], int, Lone], float]]] = {

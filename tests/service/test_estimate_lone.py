@@ -27,14 +27,19 @@ WITHIN: Final = 0.25
 SMALL, WIDE, IMAGES = "FCN 64-10x4-10", "FCN 64-256x2-10", "CNN 8-8-16-10 on 8x8"
 WINE, DIGITS, LARGE_BATCH = "FCN 13-10x2-3", "FCN 64-10x2-10", "FCN 64-10x2-10, batch 64"
 WIDE_INPUT, LONG_BATCH, READ_OUT = "FCN 300-8-10", "FCN 3-4x2-10", "FCN 64-10"
+SPANNED, TALL, MNIST = "FCN 300-24x2-10, batch 16", "FCN 784-40-10, batch 4", "FCN 784-16x4-10, batch 32"
 OWN: Final = {
     WINE: Net(ModelConfig((10, 10)), (13,), 32, 2),
     DIGITS: Net(ModelConfig((10, 10)), (64,), 16, 2),
     LARGE_BATCH: Net(ModelConfig((10, 10)), (64,), 64, 2),
-    # Where controls, the states of the batch, or the terminal V_XX take the most.
+    # Where metrics, the states of the batch, or the terminal V_XX take the most.
     WIDE_INPUT: Net(ModelConfig((8,)), (300,), 2, 2),
     LONG_BATCH: Net(ModelConfig((4, 4), "relu"), (3,), 200, 2),
     READ_OUT: Net(ModelConfig(()), (64,), 16, 2),
+    # Where controls within the span of the batch, or those beside it.
+    SPANNED: Net(ModelConfig((24, 24), "relu"), (300,), 16, 2),
+    TALL: Net(ModelConfig((40,)), (784,), 4, 2),
+    MNIST: Net(ModelConfig((16,) * 4, "relu"), (784,), 32, 2),
 }
 
 
@@ -68,6 +73,9 @@ def cases() -> Iterator[Case]:
     need = estimate_lone.matrices(*sizes(LONG_BATCH), "float32")
     for at_once in (1, 2):
         yield lone_case(LONG_BATCH, "vanilla_ddp", {"memory_limit": at_once * need}, runs=4)
+    for net, decay in product((WIDE_INPUT, SPANNED, TALL), (0.0, 0.1)):
+        need = estimate_lone.matrices(*sizes(net), "float32")
+        yield lone_case(net, "vanilla_ddp", {"memory_limit": need, "weight_decay": decay}, runs=3)
     for baseline in get_args(LoneBaseline):
         yield lone_case(SMALL, baseline, {}, dtype="float64", runs=2)
 
@@ -103,9 +111,12 @@ MEASURED: Final[list[tuple[str, LoneBaseline, float, dict[str, Any]]]] = [
     (WIDE, "emsa", 23_027, {}),
     (IMAGES, "emsa", 22_496, {}),
     (WINE, "vanilla_ddp", 5389, {}),
-    (DIGITS, "vanilla_ddp", 5271, {}),
-    (SMALL, "vanilla_ddp", 5777, {}),
-    (LARGE_BATCH, "vanilla_ddp", 14_668, {}),
+    (DIGITS, "vanilla_ddp", 1380, {}),
+    (SMALL, "vanilla_ddp", 2772, {}),
+    (LARGE_BATCH, "vanilla_ddp", 22_266, {}),
+    (SPANNED, "vanilla_ddp", 9120, {}),
+    (MNIST, "vanilla_ddp", 23_270, {}),
+    ("FCN 784-32x4-10", "vanilla_ddp", 4_052_062, {}),
 ]
 """Net, baseline, microseconds a step, and the baseline's options."""
 

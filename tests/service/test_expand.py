@@ -321,14 +321,14 @@ def test_matrices_make_small_packs() -> None:
         limit: max(
             len(pack)
             for pack in plan(
-                digits(16, lone("vanilla_ddp", memory_limit=limit)), Device(cores=1, memory=2**27)
+                digits(40, lone("vanilla_ddp", memory_limit=limit)), Device(cores=1, memory=2**27)
             ).packs
         )
-        for limit in (7 * 10**6, 2**31)
+        for limit in (8 * 10**6, 2**31)
     }
     assert sizes[2**31] in range(20, 30)
     # One at a time: a pack's runs share the matrices.
-    assert sizes[7 * 10**6] > 2 * sizes[2**31]
+    assert sizes[8 * 10**6] > 2 * sizes[2**31]
 
 
 def test_matrices_over_the_limit_are_refused() -> None:
