@@ -31,7 +31,8 @@ from ddpnopt.layers.modules import KEPT_BYTES
 
 WIDE: Final = (784, 32, 32, 32, 32, 10)
 NARROW: Final = (64, 8, 8, 8, 8, 10)
-"""For vanilla DDP, whose matrices grow with the square of a layer's weights: it refuses the other net."""
+"""For vanilla DDP, whose matrices grow with the square of the batch's states: the other net is refused at the
+largest batch."""
 BATCHES: Final = (8, 16, 32, 64, 128, 256, 512)
 SLOW: Final = ("vanilla DDP", "E-MSA")
 """Timed on their own, at fewer batch sizes and with fewer repeats."""
@@ -178,7 +179,8 @@ def exponents(device: str, repeats: int) -> dict[str, dict[str, float]]:
         },
         ("vanilla DDP",): {
             "B": ((64, 128, 256), lambda n: ((8,) * 4, n)),
-            "X": ((8, 12, 16), lambda n: ((n,) * 4, 8)),
+            # Batches of more samples than inputs: the span of less takes the batch's size in the place of X.
+            "X": ((8, 16, 24), lambda n: ((n,) * 4, 32)),
             "L": ((2, 4, 8), lambda n: ((8,) * (n + 1), 32)),
         },
     }
