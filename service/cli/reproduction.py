@@ -14,7 +14,7 @@ from service.cli.embedded import service
 from service.client import Client
 from service.config import Settings
 from service.paper import report
-from service.paper.build import BUILDERS
+from service.paper.build import build
 from service.paper.presets import PRESETS, Preset, get
 from service.paper.run import run
 
@@ -39,7 +39,7 @@ def reproduce(
                 console.print(f"  {spec}")
                 return display.follow(console, states)
 
-            section = BUILDERS[preset.name](run(client, preset, follow, quick=quick))
+            section = build(run(client, preset, follow, quick=quick))
             sections.append(section)
             for finding in section.findings:
                 console.print(f"  · {finding}", markup=False, soft_wrap=True)

@@ -1,18 +1,22 @@
-"""Which module builds the section of which preset."""
+"""Which module builds the section of which preset, and what is said of sweeps whose data are not there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
-from service.paper import best_tuned, panels, policies, spectra, training, vanishing
+from service.paper import accuracies, best_tuned, costs, panels, policies, spectra, training, vanishing
 from service.paper.results import Results
 from service.paper.sections import Section
 
 BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
+    "fig3": costs.fig3,
     "fig4a": panels.section,
     "tables9-10": panels.section,
     "fig4b": training.section,
+    "table3": accuracies.section,
+    "table4": costs.table4,
     "tables6-8": best_tuned.section,
     "fig5": policies.section,
     "fig6": vanishing.section,
@@ -22,3 +26,13 @@ BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
     "fig11": vanishing.section,
     "fig12": vanishing.section,
 }
+
+
+def build(results: Results) -> Section:
+    """Build a preset's section of what there is, and name in it what is missing."""
+    preset = results.preset
+    said = tuple(f"{name} did not run: {why}" for name, why in results.missing.items())
+    if not results.sweeps:
+        return Section(preset.name, preset.title, said)
+    section = BUILDERS[preset.name](results)
+    return replace(section, findings=(*section.findings, *said))

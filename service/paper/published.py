@@ -59,6 +59,14 @@ class BestTuned:
     accuracy: float
 
 
+@dataclass(frozen=True, slots=True)
+class Complexity:
+    """An entry of Table 4 along one axis: the exponent of the term that grows fastest in it."""
+
+    exponent: float
+    term: str
+
+
 def _rows(name: str) -> Iterator[dict[str, str]]:
     with (FOLDER / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         yield from csv.DictReader(file)
@@ -104,4 +112,14 @@ def accuracies(network: str, dataset: str) -> dict[str, float]:
         row["method"]: float(row["accuracy"])
         for row in _rows("table3")
         if (row["network"], row["dataset"]) == (network, dataset)
+    }
+
+
+@cache
+def complexities(method: str, measure: str) -> dict[str, Complexity]:
+    """Return how Table 4 says a method's `seconds` or `bytes` grow, by axis; empty if it does not."""
+    return {
+        row["axis"]: Complexity(float(row["exponent"]), row["term"])
+        for row in _rows("table4")
+        if (row["method"], row["measure"]) == (method, measure)
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,14 @@ class Results:
         preset: which figure.
         sweeps: as the API answers them, by the name of their specs.
         quick: whether `--quick` was asked for.
+        missing: why sweeps have no results, by the name of their specs: their data are not there.
     """
 
     client: Client
     preset: Preset
     sweeps: Mapping[str, dict[str, Any]]
     quick: bool
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     def notes(self) -> tuple[str, ...]:
         """Say how each sweep was made: setting, seeds, device, seconds."""

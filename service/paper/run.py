@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
+from ddpnopt.errors import DataError
 from service.client import Client
 from service.errors import SetupError
 from service.paper.presets import Preset, idempotency_key
 from service.paper.results import Results
+
+NO_DATA: Final = f"{DataError.__name__}: "
+"""How the error of a pack begins whose dataset could not be read: workers write the class's name."""
 
 Follow = Callable[[str, Iterable[dict[str, Any]]], dict[str, Any]]
 """Takes a spec's name and the states of its sweep as they come; returns the last one."""
@@ -19,19 +23,23 @@ def run(client: Client, preset: Preset, follow: Follow, *, quick: bool = False) 
     """Submit what has not been submitted, wait for it, and return the results.
 
     The same preset again takes the sweeps that are there: what was interrupted goes on, what failed or was
-    cancelled is tried again.
+    cancelled is tried again. A sweep whose dataset's files are not there is left out, and said to be.
 
     Raises:
-        SetupError: if a sweep does not complete.
+        SetupError: if a sweep does not complete for another reason.
         Refused: if the service takes a spec not.
     """
     submitted = {name: _submit(client, document) for name, document in preset.documents(quick=quick).items()}
-    done = {}
+    done, missing = {}, {}
     for name, sweep_id in submitted.items():
-        done[name] = follow(name, client.watch(sweep_id))
-        if done[name]["state"] != "completed":
-            raise SetupError(f"sweep {sweep_id} ({name}) {done[name]['state']}: {done[name]['error']}")
-    return Results(client, preset, done, quick)
+        sweep = follow(name, client.watch(sweep_id))
+        if sweep["state"] == "completed":
+            done[name] = sweep
+        elif sweep["state"] == "failed" and str(sweep["error"]).startswith(NO_DATA):
+            missing[name] = sweep["error"].removeprefix(NO_DATA)
+        else:
+            raise SetupError(f"sweep {sweep_id} ({name}) {sweep['state']}: {sweep['error']}")
+    return Results(client, preset, done, quick, missing)
 
 
 def _submit(client: Client, document: dict[str, Any]) -> str:
