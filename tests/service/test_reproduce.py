@@ -70,7 +70,7 @@ def done(client: Client, engine: Engine, preset: Preset) -> Results:
     """Run a preset: submit, train, and take what is there."""
 
     def trained(name: str, states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        train(engine, rounds=60)
+        train(engine, rounds=400)
         return last(name, states)
 
     return run(client, preset, trained)
@@ -98,7 +98,7 @@ def test_fig4a_is_600_runs_over_the_axes_of_the_tables() -> None:
 def test_quick_changes_keys_of_the_training_one_by_one() -> None:
     preset = Preset("x", "X", ("fig9",), {"seeds": 2, "training": {"steps": 7}})
     (document,) = preset.documents(quick=True).values()
-    assert (document["seeds"], document["training"]) == (2, {"steps": 7, "batch_size": 16})
+    assert (document["seeds"], document["training"]) == (2, {"steps": 7, "batch_size": 8})
     assert preset.documents()["fig9"]["training"]["steps"] == 1500
 
 
