@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +22,15 @@ from service.client import Client
 from service.config import Settings
 from service.errors import InvalidInputError, SetupError
 from service.paper import presets, report
-from service.paper.build import BUILDERS
+from service.paper.accuracies import Candidate, line, rank
+from service.paper.build import BUILDERS, build
+from service.paper.costs import Cost, fitted
 from service.paper.presets import PRESETS, Preset
 from service.paper.results import Results, stacked
 from service.paper.run import run
 from service.paper.spectra import Spectra
 from service.paper.vanishing import Line
+from service.results.statistics import SummaryRow
 from service.sweeps.documents import parse_spec
 from tests.conftest import SMALL_SPEC
 from tests.service.test_cli import URL, InProcess
@@ -199,3 +204,90 @@ def test_a_curve_that_breaks_off_has_no_end() -> None:
     assert (line.escaped(), line.diverged(), line.final()) == (0, 2, None)
     out = Line("DDPNOpt", 0.1, steps, np.array([[10.0, 9.5, 8.9], [10.0, 9.5, 9.1]]), None, 10.0)
     assert (out.escaped(), out.diverged(), out.final()) == (1, 0, 9.0)
+
+
+def test_variants_differ_from_their_base_in_what_they_say() -> None:
+    for name, (base, changes) in presets.VARIANTS.items():
+        document, original = presets.spec(name), presets.spec(base)
+        assert document["name"] == name
+        for key in ("training", "model"):
+            assert document[key] == original[key] | changes.get(key, {})
+        other = {key for key in document if document[key] != original[key]}
+        assert other <= {"name", *changes}
+
+
+def test_a_sweep_whose_data_are_not_there_is_left_out_and_named(
+    client: Client, sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DDPSWEEP_DATA", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "pooch", None)  # nothing is fetched
+    names = {"table3-wine": "wine", "table3-svhn-cnn": "svhn"}
+    whole = presets.spec
+    monkeypatch.setattr(
+        presets, "spec", lambda name: whole(name) | {"seeds": 2, "training": TINY | {"steps": 2}}
+    )
+    preset = Preset("table3", "Table 3", tuple(names), {})
+    results = done(client, sqlite_engine, preset)
+    assert set(results.sweeps) == {"table3-wine"}
+    section = build(results)
+    assert re.match("table3-svhn-cnn did not run: svhn: found no train_32x32.mat", section.findings[-1])
+    (table, _) = section.tables
+    assert {row[1] for row in table.rows} == {"wine"}
+    alone = build(replace(results, sweeps={}))
+    assert alone.findings == section.findings[-1:]
+    # The files may be there the next time: it is tried again.
+    assert done(client, sqlite_engine, preset).missing == results.missing
+    (sweep,) = [sweep for sweep in client.sweeps() if sweep["name"] == "table3-svhn-cnn"]
+    assert sweep["state"] == "failed"
+
+
+def row(rate: float, mean: float | None, diverged: int = 0, **changes: Any) -> SummaryRow:
+    values = {"grid": 0, "baseline": "adam", "setting": "", "method": "baseline", "vxx_reg": None, "n": 3}
+    values |= {"n_ended": 3, "n_total": 3, "sd": None, "ci_low": None, "ci_high": None, "min": None}
+    values |= {"max": None, "learning_rate": rate, "mean": mean, "n_diverged": diverged}
+    return SummaryRow(**values | changes)
+
+
+def candidate(method: str, rate: float, loss: float | None, accuracy: float, diverged: int = 0) -> Candidate:
+    return Candidate(method, row(rate, loss, diverged), row(rate, accuracy, diverged), 10, 4)
+
+
+def test_the_best_setting_of_table3_is_that_of_the_least_training_loss() -> None:
+    candidates = [
+        candidate("adam", 0.1, 0.5, 99.0),
+        candidate("adam", 0.2, 0.4, 95.0),
+        candidate("adam", 0.3, 0.1, 97.0, diverged=1),
+        candidate("adam", 0.4, None, 97.0),
+        candidate("ddpnopt", 0.1, 0.2, 96.0),
+    ]
+    found = line("fcn", "digits", candidates)
+    assert {name: one.loss.learning_rate for name, one in found.best.items()} == {"adam": 0.2, "ddpnopt": 0.1}
+    assert found.ours() == {"adam": 95.0, "ddpnopt": 96.0}
+    assert found.paper["adam"] == 94.98
+    assert rank({"a": 1.0, "b": 3.0, "c": 3.0}, "a") == 3
+    assert rank({"a": 1.0, "b": 3.0, "c": 3.0}, "c") == 1
+
+
+def test_exponents_are_fitted_where_nothing_else_differs() -> None:
+    def cost_of(batch: int, width: int, seconds: float) -> Cost:
+        return Cost("adam", "adam", {"B": batch, "X": width, "L": 3}, seconds, 1.0)
+
+    costs = [cost_of(n, 8, 0.01 * n**1.5) for n in (16, 32, 64)] + [cost_of(16, 16, 9.0)]
+    growth = fitted(costs, "Adam", "adam", "seconds", "B")
+    assert growth is not None
+    assert growth.sizes == (16, 32, 64)
+    assert growth.exponent == pytest.approx(1.5)
+    width = fitted(costs, "Adam", "adam", "seconds", "X")
+    assert width is not None
+    assert width.exponent == pytest.approx(np.log2(9.0 / (0.01 * 16**1.5)))
+    assert fitted(costs, "Adam", "adam", "seconds", "L") is None
+
+
+@pytest.mark.usefixtures("tiny")
+def test_costs_stand_beside_those_of_the_baseline(client: Client, sqlite_engine: Engine) -> None:
+    section = BUILDERS["fig3"](done(client, sqlite_engine, PRESETS["fig3"]))
+    (table,) = section.tables
+    methods = {row[0] for row in table.rows}
+    assert methods == {"Adam", "EKFAC", "E-MSA", "DDPNOpt (Adam)", "DDPNOpt (EKFAC)", "Vanilla DDP"}
+    assert all(row[-2] > 0 and row[-1] > 0 for row in table.rows)
+    assert any(finding.startswith("DDPNOpt (EKFAC) against EKFAC: ") for finding in section.findings)
