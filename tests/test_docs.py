@@ -131,6 +131,6 @@ def test_the_optional_keys_of_a_spec_are_told() -> None:
 
 
 def test_the_presets_are_all_told() -> None:
-    told = re.search(r"Presets so far: (.*?)\.\n", README, re.DOTALL)
+    told = re.search(r"Presets: (.*?)\.\n", README, re.DOTALL)
     assert told is not None
     assert set(re.findall(r"`([^`]+)`", told.group(1))) == set(PRESETS)

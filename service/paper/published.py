@@ -123,3 +123,9 @@ def complexities(method: str, measure: str) -> dict[str, Complexity]:
         for row in _rows("table4")
         if (row["method"], row["measure"]) == (method, measure)
     }
+
+
+@cache
+def escapes(sweep: str) -> dict[str, bool]:
+    """Return which methods leave the plateau of a preset's sweep, by the text of the paper's A.6.2."""
+    return {row["method"]: row["escapes"] == "yes" for row in _rows("vanishing") if row["sweep"] == sweep}

@@ -2,7 +2,8 @@
 
 The criterion, stated before anything was trained: a run has escaped if its training loss at the end is below
 `ESCAPED` of the plateau's, the loss of a net that tells no input from another: |c|² of the centres for the
-Max-Mahalanobis loss, ln(classes) for cross-entropy. A run that diverged has not.
+Max-Mahalanobis loss, ln(classes) for cross-entropy. A run that diverged has not, nor has one that
+blew up, which ended above `BLOWN` of the plateau's.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ddpnopt.config import MMC_NORM
 from ddpnopt.datasets.catalog import CATALOG
+from service.paper import published
 from service.paper.results import Results, stacked
 from service.paper.sections import Picture, Section, Table, Value
 from service.results import figures
 
 ESCAPED: Final = 0.9
+BLOWN: Final = 3.0
+SHOWN: Final = 1.3
+"""Of the plateau's loss: what is above that is not drawn."""
 TITLES: Final = {
     "fig12": "Max-Mahalanobis loss, sigmoid",
     "fig10-ce": "cross-entropy, sigmoid",
@@ -65,9 +71,13 @@ class Line:
         """Count the seeds that have no loss at the end."""
         return int(np.isnan(self.losses[:, -1]).sum())
 
+    def blown(self) -> int:
+        """Count the seeds that ended far above the plateau."""
+        return int((self.losses[:, -1] > BLOWN * self.plateau).sum())
+
     def final(self) -> float | None:
-        """Return the mean loss at the end of the seeds that have one."""
-        ends = self.losses[:, -1]
+        """Return the mean loss at the end of the seeds that have one and did not blow up."""
+        ends = np.where(self.losses[:, -1] > BLOWN * self.plateau, np.nan, self.losses[:, -1])
         return float(np.nanmean(ends)) if np.isfinite(ends).any() else None
 
 
@@ -80,7 +90,10 @@ def section(results: Results) -> Section:
     return Section(
         name,
         results.preset.title,
-        tuple(_finding(spec, line) for spec, lines in by_sweep.items() for line in lines),
+        (
+            *(_agreement(spec, lines) for spec, lines in by_sweep.items()),
+            *(_finding(spec, line) for spec, lines in by_sweep.items() for line in lines),
+        ),
         (
             Picture(
                 name,
@@ -128,10 +141,29 @@ def _name(baseline: str, method: str, *, second: bool) -> str:
     return "DDPNOpt2nd" if second else "DDPNOpt"
 
 
+def _agreement(spec: str, lines: list[Line]) -> str:
+    """Say of which methods the paper's claim holds, at the learning rate that serves them best."""
+    claims = published.escapes(spec)
+    best: dict[str, int] = {}
+    for line in lines:
+        best[line.name] = max(best.get(line.name, 0), line.escaped())
+    told = {name: count for name, count in best.items() if name in claims}
+    agree = [name for name, count in told.items() if (count > 0) == claims[name]]
+    differ = [
+        f"{name} {'does' if count else 'does not'}" for name, count in told.items() if name not in agree
+    ]
+    said = f"; otherwise: {', '.join(differ)}" if differ else ""
+    return (
+        f"{TITLES[spec]}: whether a method leaves the plateau, at one learning rate in one seed at least, is "
+        f"as in the paper for {len(agree)} of {len(told)} methods{said}."
+    )
+
+
 def _finding(spec: str, line: Line) -> str:
     seeds = len(line.losses)
     end = line.final()
     lost = f", {line.diverged()} diverged" if line.diverged() else ""
+    lost += f", {line.blown()} blew up" if line.blown() else ""
     verbs = {0: "does not escape", seeds: "escapes"}
     verb = verbs.get(line.escaped(), "escapes in part")
     told = "" if end is None else f", training loss {end:.3g} at the end (plateau {line.plateau:.3g})"
@@ -146,11 +178,20 @@ def _table(name: str, by_sweep: dict[str, list[Line]]) -> Table:
             norms = [None] * layers if line.norms is None else [float(norm) for norm in line.norms]
             rows.append(
                 (
-                    *(spec, line.name, line.learning_rate, len(line.losses), line.escaped(), line.diverged()),
-                    *(line.final(), *norms),
+                    *(spec, line.name, line.learning_rate, len(line.losses)),
+                    *(line.escaped(), line.diverged(), line.blown(), line.final(), *norms),
                 )
             )
-    columns = ("sweep", "method", "learning_rate", "seeds", "escaped", "diverged", "final_train_loss")
+    columns = (
+        "sweep",
+        "method",
+        "learning_rate",
+        "seeds",
+        "escaped",
+        "diverged",
+        "blown",
+        "final_train_loss",
+    )
     return Table(
         name,
         "seeds that left the plateau, and mean update norm by layer",
@@ -163,6 +204,7 @@ def _figure(by_sweep: dict[str, list[Line]]) -> Figure:
     figure = Figure(figsize=(10, 3.4 * len(by_sweep)), layout="constrained")
     axes = figure.subplots(len(by_sweep), 2, squeeze=False)
     for (spec, lines), (left, right) in zip(by_sweep.items(), axes, strict=True):
+        left.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
         for line in lines:
             (drawn,) = left.plot(line.steps, np.nanmean(line.losses, axis=0), label=line.label, linewidth=1.2)
             if line.norms is not None:
@@ -170,6 +212,7 @@ def _figure(by_sweep: dict[str, list[Line]]) -> Figure:
                 right.plot(layers, line.norms, "o-", markersize=3, color=drawn.get_color(), label=line.label)
         left.axhline(lines[0].plateau, linestyle=":", color="grey", linewidth=0.8)
         left.set(xlabel="iterations", ylabel="training loss", title=TITLES[spec])
+        left.set_ylim(0, SHOWN * lines[0].plateau)
         right.set(xlabel="layer", ylabel="update norm", yscale="log")
         left.legend(fontsize=7, frameon=False)
     return figure

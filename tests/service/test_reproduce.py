@@ -147,7 +147,7 @@ def test_the_report_of_a_preset(name: str, client: Client, sqlite_engine: Engine
     page = (tmp_path / "report" / "report.html").read_text()
     assert section.title in page
     assert page.count("data:image/png;base64,") == len(section.pictures)
-    assert "http" not in page.replace("http://www.w3.org", "")  # nothing comes from elsewhere
+    assert "://" not in page.replace("http://www.w3.org", "")  # nothing comes from elsewhere
     for table in section.tables:
         with (tmp_path / "report" / f"{table.name}.csv").open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
@@ -202,8 +202,9 @@ def test_a_curve_that_breaks_off_has_no_end() -> None:
     np.testing.assert_array_equal(losses, [[10.0, 0.1, np.nan], [10.0, np.nan, np.nan]])
     line = Line("DDPNOpt", 0.1, steps, losses, None, 10.0)
     assert (line.escaped(), line.diverged(), line.final()) == (0, 2, None)
-    out = Line("DDPNOpt", 0.1, steps, np.array([[10.0, 9.5, 8.9], [10.0, 9.5, 9.1]]), None, 10.0)
-    assert (out.escaped(), out.diverged(), out.final()) == (1, 0, 9.0)
+    ends = np.array([[10.0, 9.5, 8.9], [10.0, 9.5, 9.1], [10.0, 9.5, 1e6]])
+    out = Line("DDPNOpt", 0.1, steps, ends, None, 10.0)
+    assert (out.escaped(), out.diverged(), out.blown(), out.final()) == (1, 0, 1, 9.0)
 
 
 def test_variants_differ_from_their_base_in_what_they_say() -> None:
