@@ -8,7 +8,7 @@ DECLARED := pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test lint bench-pack bench-tune bench-memory bench-cores bench-gpu bench-plan bench-queue \
-	bench-throughput bench-stops bench-fairness calibrate chaos profile fig3 solo soak units table3 numerics image format clean
+	bench-throughput bench-stops bench-fairness calibrate sensitivity chaos profile fig3 solo soak units table3 numerics image format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ bench-stops: $(VENV)/.installed ## how soon sweeps stop that are paused or cance
 
 calibrate: $(VENV)/.installed-dev ## search the settings of Fig. 4a and Tables 6 to 8 by the baselines alone (half an hour)
 	$(BIN)/python -m benchmarks.calibrate
+
+sensitivity: $(VENV)/.installed-dev ## count Fig. 4a's and Fig. 9's better cells for other forms of DDPNOpt (minutes)
+	$(BIN)/python -m benchmarks.sensitivity
 
 bench-fairness: $(VENV)/.installed ## simulate the fair share: 10,000 sweeps on 1,000 devices
 	$(BIN)/python -m benchmarks.fairness
