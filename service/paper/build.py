@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from service.paper import accuracies, best_tuned, costs, panels, policies, spectra, training, vanishing
 from service.paper.results import Results
 from service.paper.sections import Section
+from service.sweeps.documents import parse_yaml
+
+REMARKS: Final = Path(__file__).parent / "remarks.yaml"
 
 BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
     "fig3": costs.fig3,
@@ -35,4 +39,8 @@ def build(results: Results) -> Section:
     if not results.sweeps:
         return Section(preset.name, preset.title, said)
     section = BUILDERS[preset.name](results)
-    return replace(section, findings=(*section.findings, *said))
+    return replace(section, findings=(*section.findings, *said), remarks=_remarks(preset.name))
+
+
+def _remarks(name: str) -> tuple[str, ...]:
+    return tuple(parse_yaml(REMARKS.read_bytes()).get(name, ()))

@@ -107,11 +107,7 @@ def table4(results: Results) -> Section:
             Table("table4", "fitted exponents beside those of Table 4", columns, tuple(map(_row, growths))),
             _table("table4-costs", "an update of a run that trains alone, on one thread", costs),
         ),
-        (
-            *results.notes(),
-            "The paper's terms are of the backward pass and the largest sizes; what is measured is a whole "
-            "update, whose smaller terms and fixed costs make exponents smaller.",
-        ),
+        results.notes(),
     )
 
 

@@ -86,12 +86,7 @@ VARIANTS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
 PRESETS: Final[Mapping[str, Preset]] = {
     preset.name: preset
     for preset in (
-        Preset(
-            "fig3",
-            "Fig. 3: time and memory of an update on MNIST",
-            (*_FIG3, *_FIG3_DDP),
-            {"seeds": 1},
-        ),
+        Preset("fig3", "Fig. 3: time and memory of an update on MNIST", (*_FIG3, *_FIG3_DDP), {"seeds": 1}),
         Preset("fig4a", "Fig. 4a: DDPNOpt against its baselines on DIGITS", _FIG4A, _FEWER),
         Preset("tables9-10", "Tables 9 and 10: the values behind Fig. 4a", _FIG4A, _FEWER),
         Preset("table3", "Table 3: accuracies of seven methods", _TABLE3, _FEW_STEPS),

@@ -67,7 +67,14 @@ def _pages(sections: Sequence[Section], made: str) -> Iterator[Figure]:
     yield from _text_pages(TITLE, contents)
     for part in sections:
         lines = [f"· {finding}" for finding in part.findings]
-        lines += ["", *part.notes, "", *(f"{table.name}.csv: {table.caption}" for table in part.tables)]
+        lines += [
+            "",
+            *part.remarks,
+            "",
+            *part.notes,
+            "",
+            *(f"{table.name}.csv: {table.caption}" for table in part.tables),
+        ]
         yield from _text_pages(part.title, lines)
         for picture in part.pictures:
             yield picture.figure

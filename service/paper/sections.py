@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from matplotlib.figure import Figure
@@ -53,6 +53,7 @@ class Section:
         pictures: of ours, and of the paper's beside it where it has numbers.
         tables: of both.
         notes: how it was made: setting, seeds, device, seconds.
+        remarks: why it may differ from the paper.
     """
 
     name: str
@@ -60,7 +61,8 @@ class Section:
     findings: tuple[str, ...]
     pictures: tuple[Picture, ...] = ()
     tables: tuple[Table, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def shown(value: Value) -> str:

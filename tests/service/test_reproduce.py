@@ -23,7 +23,7 @@ from service.config import Settings
 from service.errors import InvalidInputError, SetupError
 from service.paper import presets, report
 from service.paper.accuracies import Candidate, line, rank
-from service.paper.build import BUILDERS, build
+from service.paper.build import BUILDERS, REMARKS, build
 from service.paper.costs import Cost, fitted
 from service.paper.presets import PRESETS, Preset
 from service.paper.results import Results, stacked
@@ -31,7 +31,7 @@ from service.paper.run import run
 from service.paper.spectra import Spectra
 from service.paper.vanishing import Line
 from service.results.statistics import SummaryRow
-from service.sweeps.documents import parse_spec
+from service.sweeps.documents import parse_spec, parse_yaml
 from tests.conftest import SMALL_SPEC
 from tests.service.test_cli import URL, InProcess
 from tests.service.test_reuse import train
@@ -207,6 +207,15 @@ def test_a_curve_that_breaks_off_has_no_end() -> None:
     assert (out.escaped(), out.diverged(), out.blown(), out.final()) == (1, 0, 1, 9.0)
 
 
+def test_remarks_are_of_presets_and_name_files_that_are_there() -> None:
+    root = Path(__file__).parents[2]
+    remarks = parse_yaml(REMARKS.read_bytes())
+    assert set(remarks) <= set(PRESETS)
+    told = " ".join(text for texts in remarks.values() for text in texts)
+    for name in re.findall(r"(?:docs|examples|benchmarks)/[\w/.-]+\w", told):
+        assert (root / name).is_file(), name
+
+
 def test_variants_differ_from_their_base_in_what_they_say() -> None:
     for name, (base, changes) in presets.VARIANTS.items():
         document, original = presets.spec(name), presets.spec(base)
@@ -236,6 +245,7 @@ def test_a_sweep_whose_data_are_not_there_is_left_out_and_named(
     assert {row[1] for row in table.rows} == {"wine"}
     alone = build(replace(results, sweeps={}))
     assert alone.findings == section.findings[-1:]
+    assert section.remarks
     # The files may be there the next time: it is tried again.
     assert done(client, sqlite_engine, preset).missing == results.missing
     (sweep,) = [sweep for sweep in client.sweeps() if sweep["name"] == "table3-svhn-cnn"]
