@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ STOP_S: Final = 30
 @contextmanager
 def service(home: Path, **settings: str) -> Iterator[str]:
     """Run `ddpsweep serve` with some settings on a free port and yield its URL.
+
+    It ends with the block, also when this process gets SIGTERM, which else would leave it behind.
 
     Args:
         home: its folder, made if need be; its log is `serve.log` there.
@@ -42,10 +46,25 @@ def service(home: Path, **settings: str) -> Iterator[str]:
             text=True,
         )
         try:
-            yield _url(process, home)
+            with _sigterm_as_exit():
+                yield _url(process, home)
         finally:
             process.terminate()
             process.wait(STOP_S)
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack. Only the main thread may say so, and only what nobody else handles."""
+    before = signal.getsignal(signal.SIGTERM)
+    ours = threading.current_thread() is threading.main_thread() and before is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _url(process: subprocess.Popen[str], home: Path) -> str:

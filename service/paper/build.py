@@ -39,8 +39,10 @@ def build(results: Results) -> Section:
     if not results.sweeps:
         return Section(preset.name, preset.title, said)
     section = BUILDERS[preset.name](results)
-    return replace(section, findings=(*section.findings, *said), remarks=_remarks(preset.name))
+    return replace(section, findings=(*section.findings, *said), remarks=remarks(preset.name))
 
 
-def _remarks(name: str) -> tuple[str, ...]:
-    return tuple(parse_yaml(REMARKS.read_bytes()).get(name, ()))
+def remarks(name: str) -> tuple[str, ...]:
+    """Return why what comes out of a preset may differ from the paper."""
+    groups = parse_yaml(REMARKS.read_bytes())["groups"]
+    return tuple(text for group in groups if name in group["presets"] for text in group["remarks"])

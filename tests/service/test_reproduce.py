@@ -23,7 +23,7 @@ from service.config import Settings
 from service.errors import InvalidInputError, SetupError
 from service.paper import presets, report
 from service.paper.accuracies import Candidate, line, rank
-from service.paper.build import BUILDERS, REMARKS, build
+from service.paper.build import BUILDERS, REMARKS, build, remarks
 from service.paper.costs import Cost, fitted
 from service.paper.presets import PRESETS, Preset
 from service.paper.results import Results, stacked
@@ -209,9 +209,9 @@ def test_a_curve_that_breaks_off_has_no_end() -> None:
 
 def test_remarks_are_of_presets_and_name_files_that_are_there() -> None:
     root = Path(__file__).parents[2]
-    remarks = parse_yaml(REMARKS.read_bytes())
-    assert set(remarks) <= set(PRESETS)
-    told = " ".join(text for texts in remarks.values() for text in texts)
+    groups = parse_yaml(REMARKS.read_bytes())["groups"]
+    assert {name for group in groups for name in group["presets"]} <= set(PRESETS)
+    told = " ".join(text for name in PRESETS for text in remarks(name))
     for name in re.findall(r"(?:docs|examples|benchmarks)/[\w/.-]+\w", told):
         assert (root / name).is_file(), name
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -154,3 +157,18 @@ def test_db_commands(tmp_path: Path) -> None:
     assert run("db", "upgrade", DDPSWEEP_HOME=home).stdout == f"empty -> {schema.head()}\n"
     assert run("db", "upgrade", DDPSWEEP_HOME=home).stdout == f"{schema.head()}: nothing to do\n"
     assert run("db", "check", DDPSWEEP_HOME=home).returncode == 0
+
+
+def test_a_service_of_ones_own_ends_with_whoever_is_terminated(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from service.cli.embedded import service\n"
+        "with service(Path(sys.argv[1])) as url:\n    print(url, flush=True)\n    time.sleep(120)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline().startswith("http://")
+    (served,) = psutil.Process(owner.pid).children()
+    owner.terminate()
+    assert owner.wait(60) == 128 + signal.SIGTERM
+    psutil.wait_procs([served], timeout=30)
+    assert not served.is_running()
