@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from ddpnopt.datasets.fetch import OFFICIAL
 from service.config import Settings
 from service.errors import InvalidInputError, NotFoundError
-from service.paper.presets import FOLDER, PRESETS, Preset, idempotency_key
+from service.paper.presets import PRESETS, Preset, idempotency_key, text
 from service.sweeps.documents import parse_spec, shown
 from service.sweeps.endpoints import planned_here
 from service.sweeps.schemas import Validated
+
+FIRST: Final = "fig4a-sgd"
+"""The spec that one's own begins as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +58,16 @@ def every(settings: Settings) -> list[Offer]:
 
 
 def spec_text(name: str | None) -> tuple[str, str]:
-    """Return a preset's spec as it was written, with its name; the first one's if none is named.
+    """Return a preset's spec as YAML, with its name; `FIRST` if none is named.
 
     Raises:
         NotFoundError: if no preset has such a spec.
     """
     known = [sweep for preset in PRESETS.values() for sweep in preset.sweeps]
-    chosen = known[0] if name is None else name
+    chosen = FIRST if name is None else name
     if chosen not in known:  # which keeps out paths, too
         raise NotFoundError(f"no spec {chosen!r} among the presets")
-    return chosen, (FOLDER / f"{chosen}.yaml").read_text("utf-8")
+    return chosen, text(chosen)
 
 
 def _offer(preset: Preset, settings: Settings) -> Offer:

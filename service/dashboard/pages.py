@@ -106,7 +106,10 @@ def new_sweep_page(
 ) -> HTMLResponse:
     """Offer the paper's presets, and a place to write a spec, which begins as one of theirs."""
     begun, text = offers.spec_text(spec)
-    return _page(request, "new.html", offers=offers.every(request.app.state.settings), begun=begun, text=text)
+    state = request.app.state
+    if not hasattr(state, "offers"):  # planning all of them takes a while, and always comes to the same
+        state.offers = offers.every(state.settings)
+    return _page(request, "new.html", offers=state.offers, begun=begun, text=text)
 
 
 @router.get("/cluster")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
+
 from ddpnopt.datasets.catalog import CLUSTERS
 from service.errors import FieldError, InvalidInputError
 from service.sweeps.documents import parse_yaml
@@ -133,6 +135,13 @@ def spec(name: str) -> dict[str, Any]:
     """Return a spec as a document, under its own name."""
     base, changes = VARIANTS.get(name, (name, {}))
     return _changed(parse_yaml((FOLDER / f"{base}.yaml").read_bytes()), changes) | {"name": name}
+
+
+def text(name: str) -> str:
+    """Return a spec as YAML: as it was written, if it is none of `VARIANTS`."""
+    if name in VARIANTS:
+        return yaml.safe_dump(spec(name), sort_keys=False, default_flow_style=None, width=100)
+    return (FOLDER / f"{name}.yaml").read_text("utf-8")
 
 
 def idempotency_key(document: Mapping[str, Any]) -> str:
