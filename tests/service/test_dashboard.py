@@ -384,6 +384,8 @@ def test_a_presets_words_are_escaped(client: TestClient, monkeypatch: pytest.Mon
     evil = "\"'><script>alert(1)</script>"
     preset = Preset("evil", evil, ("fig9",), {"name": evil})
     monkeypatch.setattr(offers, "PRESETS", {"evil": preset})
+    state = client.app.state  # type: ignore[attr-defined]
+    monkeypatch.setattr(state, "offers", offers.every(state.settings), raising=False)
     page = client.get("/new").text
     assert "<script>" not in page
     assert offered_sweeps(page)["Submit quick: evil"][0]["spec"]["name"] == evil
