@@ -63,8 +63,8 @@ def spec_text(name: str | None) -> tuple[str, str]:
     Raises:
         NotFoundError: if no preset has such a spec.
     """
-    known = [sweep for preset in PRESETS.values() for sweep in preset.sweeps]
     chosen = FIRST if name is None else name
+    known = {FIRST, *(sweep for preset in PRESETS.values() for sweep in preset.sweeps)}
     if chosen not in known:  # which keeps out paths, too
         raise NotFoundError(f"no spec {chosen!r} among the presets")
     return chosen, text(chosen)
