@@ -202,7 +202,7 @@ def _table(name: str, by_sweep: dict[str, list[Line]]) -> Table:
 
 
 def _figure(by_sweep: dict[str, list[Line]]) -> Figure:
-    figure = Figure(figsize=(10, 3.4 * len(by_sweep)), layout="constrained")
+    figure = Figure(figsize=(11, 3.4 * len(by_sweep)), layout="constrained")
     axes = figure.subplots(len(by_sweep), 2, squeeze=False)
     for (spec, lines), (left, right) in zip(by_sweep.items(), axes, strict=True):
         left.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
@@ -215,5 +215,6 @@ def _figure(by_sweep: dict[str, list[Line]]) -> Figure:
         left.set(xlabel="iterations", ylabel="training loss", title=TITLES[spec])
         left.set_ylim(0, SHOWN * lines[0].plateau)
         right.set(xlabel="layer", ylabel="update norm", yscale="log")
-        left.legend(fontsize=7, frameon=False)
+        handles, labels = left.get_legend_handles_labels()
+        right.legend(handles, labels, fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
