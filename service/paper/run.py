@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -36,7 +37,8 @@ def run(client: Client, preset: Preset, follow: Follow, *, quick: bool = False) 
         if sweep["state"] == "completed":
             done[name] = sweep
         elif sweep["state"] == "failed" and str(sweep["error"]).startswith(NO_DATA):
-            missing[name] = sweep["error"].removeprefix(NO_DATA)
+            # What was looked for; where is the machine's business.
+            missing[name] = re.split(r" in \S+[,;]", sweep["error"].removeprefix(NO_DATA))[0]
         else:
             raise SetupError(f"sweep {sweep_id} ({name}) {sweep['state']}: {sweep['error']}")
     return Results(client, preset, done, quick, missing)
