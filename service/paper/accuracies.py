@@ -196,6 +196,13 @@ def _rows(one: Line) -> Iterator[tuple[Value, ...]]:
         yield (*_row((one.network, one.dataset), candidate), paper, difference)
 
 
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis for the means: an interval of few seeds may reach far beyond 0 and 100."""
+    low, high = min(values, default=0.0), max(values, default=100.0)
+    room = max(0.5, 0.15 * (high - low))
+    return low - room, high + room
+
+
 def _figure(lines: Sequence[Line]) -> Figure:
     across = 2
     down = -(-len(lines) // across)
@@ -212,6 +219,7 @@ def _figure(lines: Sequence[Line]) -> Figure:
                 axes.hlines(place, row.ci_low, row.ci_high, color=colour, linewidth=1.5)
         for method, value in one.paper.items():
             axes.plot(value, names.index(method), "x", color="C3", markersize=6)
+        axes.set_xlim(*_limits([*one.ours().values(), *one.paper.values()]))
         axes.set_yticks(range(len(names)), [METHODS[name] for name in names], fontsize=8)
         axes.set_title(one.title, fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
