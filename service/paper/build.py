@@ -17,7 +17,7 @@ REMARKS: Final = Path(__file__).parent / "remarks.yaml"
 BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
     "fig3": costs.fig3,
     "fig4a": panels.section,
-    "tables9-10": panels.section,
+    "tables9-10": panels.tables,
     "fig4b": training.section,
     "table3": accuracies.section,
     "table4": costs.table4,

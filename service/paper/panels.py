@@ -31,21 +31,29 @@ def heatmaps(results: Results, metric: str) -> list[Heatmap]:
     ]
 
 
+def tables(results: Results) -> Section:
+    """Build the section of Tables 9 and 10: the numbers of Fig. 4a, which has the picture."""
+    return _section(results, drawn=False)
+
+
 def section(results: Results) -> Section:
     """Build the section of a preset whose sweeps are grids of the paper's Fig. 4a or 9."""
+    return _section(results, drawn=True)
+
+
+def _section(results: Results, *, drawn: bool) -> Section:
     panels = {metric: heatmaps(results, metric) for metric in METRICS}
     compared = {metric: compared_with_the_paper(found) for metric, found in panels.items()}
     findings: list[str] = []
     for metric in METRICS:
         findings += _findings(metric, panels[metric], compared[metric])
     name = results.preset.name
-    tables = [_table(name, metric, panels[metric], compared[metric]) for metric in METRICS]
     return Section(
         name,
         results.preset.title,
         tuple(findings),
-        (Picture(name, _caption(compared), beside(panels)),),
-        tuple(tables),
+        (Picture(name, _caption(compared), beside(panels)),) if drawn else (),
+        tuple(_table(name, metric, panels[metric], compared[metric]) for metric in METRICS),
         results.notes(),
     )
 
