@@ -27,3 +27,7 @@ class ConfigError(DDPNOptError, ValueError):
 
 class DataError(DDPNOptError):
     """A dataset that is missing, truncated or not what its name promises."""
+
+
+class MissingDataError(DataError):
+    """A dataset whose files are not there and could not be fetched."""

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ddpnopt.datasets import store
-from ddpnopt.errors import ConfigError, DataError
+from ddpnopt.errors import ConfigError, DataError, MissingDataError
 
 EXTRA: Final = "pip install 'ddpsweep[data]'"
 
@@ -106,7 +106,7 @@ def ensure(name: str, folder: Path) -> None:
     """Fetch what a dataset's folder lacks.
 
     Raises:
-        DataError: if something is missing and cannot be fetched.
+        MissingDataError: if something is missing and cannot be fetched.
     """
     for file in missing(name, folder):
         _fetch(name, file, folder)
@@ -117,7 +117,7 @@ def _fetch(name: str, file: OfficialFile, folder: Path) -> None:
     try:
         import pooch
     except ImportError as error:
-        raise DataError(
+        raise MissingDataError(
             f"{name}: found no {file.forms()} in {folder}; put it there (from {file.url}), "
             f"name another directory in {store.VARIABLE}, or let it be fetched: {EXTRA}"
         ) from error
@@ -127,7 +127,7 @@ def _fetch(name: str, file: OfficialFile, folder: Path) -> None:
         (folder / file.name).chmod(0o644)
     # requests' errors are OSErrors; a wrong sum is a ValueError.
     except (OSError, ValueError) as error:
-        raise DataError(
+        raise MissingDataError(
             f"{name}: found no {file.forms()} in {folder}, and cannot fetch {file.url} into it: {error}"
         ) from error
 
@@ -137,7 +137,7 @@ def main(names: Sequence[str]) -> None:
 
     Raises:
         ConfigError: if a name is not that of a dataset that is fetched, or none is given.
-        DataError: if a file cannot be fetched.
+        MissingDataError: if a file cannot be fetched.
     """
     if not names or not set(names) <= set(OFFICIAL):
         raise ConfigError("names", list(names), "some of " + ", ".join(OFFICIAL))

@@ -23,7 +23,7 @@ from service import __version__
 from service.cli import display
 from service.client import Client, DDPSweepClientError, InvalidInput
 from service.config import DEFAULT_PORT, Settings
-from service.errors import ServiceError
+from service.errors import InvalidInputError, ServiceError
 from service.results.statistics import Heatmap, Summary
 from service.text import plain
 
@@ -59,7 +59,7 @@ def main() -> None:
     """Run the command line; every foreseen error is one line on standard error."""
     try:
         app()
-    except InvalidInput as error:
+    except (InvalidInput, InvalidInputError) as error:
         fail(str(error), 2)
     except (DDPSweepClientError, ServiceError) as error:
         fail(str(error), 1)

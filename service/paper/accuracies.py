@@ -2,7 +2,7 @@
 
 The rule, stated before anything was trained: of the learning rates, ε and options that a method has, the best
 is that with the least mean training loss over the seeds, among those of which the fewest diverged. Test sets
-decide nothing. A mean agrees with the paper's if it is within `NEAR` points.
+do not choose among them. A mean agrees with the paper's if it is within `NEAR` points.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from matplotlib.figure import Figure
 from service.paper import published
 from service.paper.results import Results
 from service.paper.sections import Picture, Section, Table, Value
+from service.results import figures
 from service.results.statistics import SummaryRow
 
 NEAR: Final = 1.5
-METHODS: Final = {
-    "sgd-m": "SGD-m",
-    "rmsprop": "RMSprop",
-    "adam": "Adam",
-    "ekfac": "EKFAC",
-    "emsa": "E-MSA",
-    "vanilla_ddp": "vanilla DDP",
-    "ddpnopt": "DDPNOpt",
-}
+METHODS: Final = (
+    {"sgd-m": "SGD-m"}
+    | {name: figures.BASELINES[name] for name in ("rmsprop", "adam", "ekfac", "emsa", "vanilla_ddp")}
+    | {"ddpnopt": "DDPNOpt"}
+)
 """In the order of Table 3."""
+SAME: Final = 0.005
+"""Points: means that are nearer are printed alike, and share a rank."""
 
 COLUMNS: Final = (
     *("network", "dataset", "method", "setting", "steps", "batch", "n", "diverged", "train_loss"),
@@ -77,12 +76,14 @@ class Line:
 
     Attributes:
         best: each method's best setting, in the order of the table.
+        tried: how many settings it was taken from, by method.
         paper: accuracies by method.
     """
 
     network: str
     dataset: str
     best: dict[str, Candidate]
+    tried: dict[str, int]
     paper: dict[str, float]
 
     @property
@@ -121,7 +122,7 @@ def section(results: Results) -> Section:
             Table(
                 "table3",
                 "each method at the setting of its least training loss, beside the paper's accuracy",
-                (*COLUMNS, "paper", "difference"),
+                (*COLUMNS, "settings_tried", "paper", "difference"),
                 tuple(row for one in lines for row in _rows(one)),
             ),
             Table(
@@ -137,17 +138,28 @@ def section(results: Results) -> Section:
 
 def line(network: str, dataset: str, candidates: Sequence[Candidate]) -> Line:
     """Choose each method's best."""
-    best = {}
-    for method in METHODS:
-        own = [candidate for candidate in candidates if candidate.method == method]
-        if own:
-            best[method] = min(own, key=lambda candidate: candidate.order)
-    return Line(network, dataset, best, published.accuracies(network, dataset))
+    by_method = {
+        method: own
+        for method in METHODS
+        if (own := [candidate for candidate in candidates if candidate.method == method])
+    }
+    return Line(
+        network,
+        dataset,
+        {method: min(own, key=lambda candidate: candidate.order) for method, own in by_method.items()},
+        {method: len(own) for method, own in by_method.items()},
+        published.accuracies(network, dataset),
+    )
 
 
 def rank(values: dict[str, float], method: str) -> int:
     """Return the place of a method's accuracy among all, from 1; equals share the better one."""
-    return 1 + sum(value > values[method] for value in values.values())
+    return 1 + sum(value - values[method] > SAME for value in values.values())
+
+
+def ties(values: dict[str, float], method: str) -> int:
+    """Count the other methods of the same accuracy."""
+    return sum(abs(value - values[method]) <= SAME for value in values.values()) - 1
 
 
 def _candidates(results: Results, sweep_id: str, training: dict[str, int]) -> Iterator[Candidate]:
@@ -174,8 +186,10 @@ def _findings(one: Line) -> Iterator[str]:
         f"paper{said}."
     )
     if "ddpnopt" in ours and "ddpnopt" in paper:
+        others = ties(ours, "ddpnopt")
+        tied = f", with {others} other{'s' if others > 1 else ''}," if others else ""
         yield (
-            f"{one.title}: DDPNOpt is number {rank(ours, 'ddpnopt')} of {len(ours)} by its mean of "
+            f"{one.title}: DDPNOpt is number {rank(ours, 'ddpnopt')} of {len(ours)}{tied} by its mean of "
             f"{ours['ddpnopt']:.2f} (the paper: number {rank(paper, 'ddpnopt')} of {len(paper)} by "
             f"{paper['ddpnopt']:.2f})."
         )
@@ -193,7 +207,7 @@ def _rows(one: Line) -> Iterator[tuple[Value, ...]]:
     for method, candidate in one.best.items():
         paper, mean = one.paper.get(method), candidate.accuracy.mean
         difference = None if paper is None or mean is None else mean - paper
-        yield (*_row((one.network, one.dataset), candidate), paper, difference)
+        yield (*_row((one.network, one.dataset), candidate), one.tried[method], paper, difference)
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:

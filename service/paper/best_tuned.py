@@ -8,7 +8,7 @@ from service.paper import published
 from service.paper.results import Results
 from service.paper.sections import Section, Table, Value
 from service.results import figures
-from service.results.statistics import CellState, Heatmap
+from service.results.statistics import Heatmap
 
 METRICS: Final = ("train_loss", "accuracy")
 
@@ -52,12 +52,12 @@ def _published(panel: Heatmap) -> dict[str, Any]:
 def _finding(panel: Heatmap) -> str:
     paper, cells = _published(panel), panel.cells
     better = sum((cell.improvement or 0.0) > 0 for cell in cells)
-    sure = sum(cell.state in (CellState.BETTER, CellState.WORSE) for cell in cells)
+    sure = sum(cell.state in figures.SURE for cell in cells)
     alone = next((cell.baseline_mean for cell in cells if cell.baseline_mean is not None), None)
     said = "every run diverged" if alone is None else f"{alone:.3g}"
     theirs = f" (the paper: {paper['baseline']:g}, DDPNOpt {paper['ddpnopt']:g})" if paper else ""
     return (
-        f"{figures.BASELINES[panel.baseline]} at {panel.learning_rate[0]:g}, {figures.TITLES[panel.metric]}: "
+        f"{figures.BASELINES[panel.baseline]} at {panel.learning_rate[0]:g}, {figures.VALUES[panel.metric]}: "
         f"{said}{theirs}; DDPNOpt is better for {better} of {len(cells)} values of ε, {sure} of the "
         "differences are sure."
     )

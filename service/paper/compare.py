@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from service.paper.published import PublishedGrid
-from service.results.statistics import Cell, Heatmap
+from service.results.statistics import Cell, CellState, Heatmap
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class CellComparison:
         published: the paper's improvement.
         ours: ours with its interval, None where no pair has ended finitely.
         agrees: whether both have the same sign; a cell without a number of ours does not agree.
-        contradicts: whether our whole interval lies on the other side of zero.
+        contradicts: whether the cell's state is surely the other one.
     """
 
     learning_rate: float
@@ -50,8 +50,8 @@ class PanelComparison:
         cells: in the order of the heatmap.
         baselines: by learning rate.
         agreeing: cells whose sign is the paper's.
-        contradicting: cells whose whole interval is on the other side.
-        positive, published_positive: cells in which DDPNOpt is better here, and in the paper.
+        contradicting: cells that are surely on the other side.
+        published_positive: cells in which DDPNOpt is better in the paper.
         rank_correlation: Spearman's ρ of the improvements over the cells that have a number; None for fewer
             than three, or where one side is constant.
     """
@@ -63,7 +63,6 @@ class PanelComparison:
     baselines: tuple[BaselineComparison, ...]
     agreeing: int
     contradicting: int
-    positive: int
     published_positive: int
     rank_correlation: float | None
 
@@ -83,24 +82,23 @@ def panel(ours: Heatmap, published: PublishedGrid) -> PanelComparison:
         tuple(_baseline(ours, rate, published.alone[rate]) for rate in ours.learning_rate),
         agreeing=sum(cell.agrees for cell in cells),
         contradicting=sum(cell.contradicts for cell in cells),
-        positive=sum((cell.ours or 0.0) > 0 for cell in cells),
         published_positive=sum(cell.published > 0 for cell in cells),
         rank_correlation=_rank_correlation(cells),
     )
 
 
 def _cell(cell: Cell, published: float) -> CellComparison:
-    value, low, high = cell.improvement, cell.ci_low, cell.ci_high
-    other_side = low is not None and high is not None and (high < 0 if published > 0 else low > 0)
+    value = cell.improvement
+    opposite = {1: CellState.WORSE, -1: CellState.BETTER}.get(int(np.sign(published)))
     return CellComparison(
         cell.learning_rate,
         cell.vxx_reg,
         published,
         value,
-        low,
-        high,
-        agrees=value is not None and np.sign(value) == np.sign(published),
-        contradicts=published != 0 and other_side,
+        cell.ci_low,
+        cell.ci_high,
+        agrees=value is not None and bool(np.sign(value) == np.sign(published)),
+        contradicts=cell.state == opposite,
     )
 
 

@@ -29,7 +29,7 @@ class Cost:
         method: the baseline's name, `ddpnopt` for a partner.
         baseline: whose preconditioner.
         size: batch size B, width X and layers L.
-        seconds, bytes: medians over the runs.
+        seconds, bytes: medians over the runs that did not diverge before.
     """
 
     method: str
@@ -76,9 +76,9 @@ def fig3(results: Results) -> Section:
     return Section(
         results.preset.name,
         results.preset.title,
-        tuple(_ratios(costs)),
+        (*_ratios(costs), *_unmeasured(results)),
         (Picture("fig3", "Time and memory of an update over the batch size", _over_batches(costs)),),
-        (_table("fig3", "an update of a run that trains alone, on one thread", costs),),
+        (_table("fig3", "an update of a run that trains alone", costs),),
         results.notes(),
     )
 
@@ -97,7 +97,7 @@ def table4(results: Results) -> Section:
     return Section(
         results.preset.name,
         results.preset.title,
-        tuple(_finding(growths, label, measure) for label, measure in _kinds(growths)),
+        (*(_finding(growths, *kind) for kind in _kinds(growths)), *_unmeasured(results)),
         (
             Picture(
                 "table4", "Growth along batch size, width and layers, with fitted exponents", _fits(growths)
@@ -105,20 +105,20 @@ def table4(results: Results) -> Section:
         ),
         (
             Table("table4", "fitted exponents beside those of Table 4", columns, tuple(map(_row, growths))),
-            _table("table4-costs", "an update of a run that trains alone, on one thread", costs),
+            _table("table4-costs", "an update of a run that trains alone", costs),
         ),
         results.notes(),
     )
 
 
 def fitted(costs: Sequence[Cost], label: str, method: str, measure: str, axis: str) -> Growth | None:
-    """Fit a method's growth along an axis, over the most costs that differ in it alone; None if it is one."""
+    """Fit a method's growth along an axis, over the most costs that differ in it alone; None below two."""
     series: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
     for cost in costs:
         if cost.label == label:
             others = tuple(size for name, size in cost.size.items() if name != axis)
             series[others][cost.size[axis]] = cost.of(measure)
-    points = sorted(max(series.values(), key=len).items())
+    points = sorted(max(series.values(), key=len, default={}).items())
     if len(points) < 2:
         return None
     sizes, values = zip(*points, strict=True)
@@ -134,10 +134,18 @@ def _costs(results: Results) -> Iterator[Cost]:
         for position, grid in enumerate(spec["grids"]):
             found: dict[str, list[Any]] = defaultdict(list)
             for record in results.client.records(sweep["id"], "cost", grid=position):
-                found[record["method"]].append(record["values"][-1])
+                if np.isfinite(record["values"]).all() and len(record["values"]):
+                    found[record["method"]].append(record["values"][-1])
             for method, values in found.items():
                 name = grid["baseline"] if method == "baseline" else "ddpnopt"
                 yield Cost(name, grid["baseline"], size, *np.median(values, axis=0).tolist())
+
+
+def _unmeasured(results: Results) -> Iterator[str]:
+    lost = {name: sweep["progress"]["runs_diverged"] for name, sweep in results.sweeps.items()}
+    if any(lost.values()):
+        told = ", ".join(f"{count} of {name}" for name, count in lost.items() if count)
+        yield f"Runs that diverged, which may be before their third update, the one that is measured: {told}."
 
 
 def _ratios(costs: Sequence[Cost]) -> Iterator[str]:
@@ -200,7 +208,8 @@ def _over_batches(costs: Sequence[Cost]) -> Figure:
         axes.set_xlabel("batch size")
         axes.set_ylabel(unit)
         axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if costs:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -217,5 +226,6 @@ def _fits(growths: Sequence[Growth]) -> Figure:
             axes.set_xlabel(f"{AXES[axis]}, {axis}")
             axes.set_ylabel(unit)
             axes.grid(alpha=0.3, which="both")
-            axes.legend(fontsize=7, title="exponent", title_fontsize=7)
+            if axes.has_data():
+                axes.legend(fontsize=7, title="exponent", title_fontsize=7)
     return figure

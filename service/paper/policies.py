@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any, Final
 
 import numpy as np
@@ -13,16 +14,19 @@ from service.paper.sections import Picture, Section, Table, Value
 
 NEAR: Final = 3
 """Classes that an image is compared with."""
+NOTHING: Final = "Every DDPNOpt run diverged: there is no policy to show."
 
 
 def section(results: Results) -> Section:
-    """Build the section of a preset with one sweep, whose first DDPNOpt run is shown."""
+    """Build the section of a preset with one sweep, whose first DDPNOpt run that came to its end is shown."""
     ((_, sweep),) = results.sweeps.items()
-    record = next(results.client.records(sweep["id"], "policy_image"))
+    ended = {run["id"]: run for run in results.client.runs(sweep["id"]) if run["state"] == "completed"}
+    records = results.client.records(sweep["id"], "policy_image")
+    record = next((one for one in records if one["run_id"] in ended), None)
+    if record is None:
+        return Section(results.preset.name, results.preset.title, (NOTHING,), notes=results.notes())
     images = record["values"][-1]  # (T, classes, channels, height, width)
-    accuracy = next(
-        run["accuracy"] for run in results.client.runs(sweep["id"]) if run["id"] == record["run_id"]
-    )
+    accuracy = ended[record["run_id"]]["accuracy"]
     table = tuple(_rows(images))
     return Section(
         results.preset.name,
@@ -43,9 +47,10 @@ def section(results: Results) -> Section:
         (
             Table(
                 "fig5",
-                "how the images of the policies lie to the differences between classes: cosine with the "
-                "difference between the class's example and the other's, for the nearest class",
-                ("layer", "class", "nearest", "cosine", "seen"),
+                "how the images of the policies lie to the differences between two classes' examples: "
+                "absolute cosine with the nearest one that has the image's class, mean over those that have it, and "
+                "mean over those that have it not, as a control",
+                ("layer", "class", "nearest", "cosine", "with_class", "without_class", "seen"),
                 table,
             ),
         ),
@@ -54,19 +59,21 @@ def section(results: Results) -> Section:
 
 
 def _rows(images: NDArray[np.float64]) -> list[tuple[Value, ...]]:
-    """Return for each layer and class the other class whose difference its image is most like."""
+    """Return for each layer and class how its image lies to the differences between classes."""
     shown = images.reshape(*images.shape[:2], -1)
     rows: list[tuple[Value, ...]] = []
     for t in range(1, len(shown)):
         for label, image in enumerate(shown[t]):
             cosines = {
-                other: abs(_cosine(image, shown[0, label] - shown[0, other]))
-                for other in range(shown.shape[1])
-                if other != label
+                pair: abs(_cosine(image, shown[0, pair[0]] - shown[0, pair[1]]))
+                for pair in combinations(range(shown.shape[1]), 2)
             }
-            nearest = max(cosines, key=lambda other: cosines[other])
+            own = {sum(pair) - label: value for pair, value in cosines.items() if label in pair}
+            others = [value for pair, value in cosines.items() if label not in pair]
+            nearest = max(own, key=lambda other: own[other])
             seen = bool(np.isfinite(image).all() and np.any(image))
-            rows.append((t, label, nearest, cosines[nearest], "yes" if seen else "no"))
+            means = (float(np.mean(list(own.values()))), float(np.mean(others)))
+            rows.append((t, label, nearest, own[nearest], *means, "yes" if seen else "no"))
     return rows
 
 
@@ -76,9 +83,15 @@ def _cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 
 
 def _findings(table: tuple[tuple[Value, ...], ...]) -> list[str]:
-    seen = sum(row[4] == "yes" for row in table)
+    seen = [row for row in table if row[-1] == "yes"]
     last = max(int(row[0] or 0) for row in table)
-    said = [f"{seen} of {len(table)} images are not empty."]
+    said = [f"{len(seen)} of {len(table)} images are not empty."]
+    if seen:
+        own, others = (np.mean([float(row[column] or 0.0) for row in seen]) for column in (4, 5))
+        said.append(
+            f"They have a mean absolute cosine of {own:.2f} with the differences between their class's example "
+            f"and another's, and of {others:.2f} with those between two other classes."
+        )
     top = sorted((row for row in table if row[0] == last), key=lambda row: -float(row[3] or 0.0))[:NEAR]
     pairs = ", ".join(f"({row[1]}, {row[2]}): {float(row[3] or 0.0):.2f}" for row in top)
     return [*said, f"The last layer's images that are most like a difference between two digits: {pairs}."]

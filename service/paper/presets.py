@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import yaml
 
+from ddpnopt.config import NUMERICS_VERSION
 from ddpnopt.datasets.catalog import CLUSTERS
 from service.errors import FieldError, InvalidInputError
 from service.sweeps.documents import parse_yaml
@@ -145,8 +146,11 @@ def text(name: str) -> str:
 
 
 def idempotency_key(document: Mapping[str, Any]) -> str:
-    """Return the key that a preset's spec is submitted with, whoever submits it: what is there is taken."""
-    body = json.dumps(document, sort_keys=True).encode()
+    """Return the key that a preset's spec is submitted with, whoever submits it: what is there is taken.
+
+    Results of other numerics are not: they would pass for this version's.
+    """
+    body = json.dumps([NUMERICS_VERSION, document], sort_keys=True).encode()
     return f"reproduce-{hashlib.sha256(body).hexdigest()[:32]}"
 
 

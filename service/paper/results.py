@@ -48,7 +48,7 @@ class Results:
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def notes(self) -> tuple[str, ...]:
-        """Say how each sweep was made: setting, seeds, device, seconds."""
+        """Say how each sweep was made: setting, seeds, device, seconds, day."""
         made = tuple(self._note(name, sweep) for name, sweep in self.sweeps.items())
         return ("Made with --quick: fewer seeds or steps than in the paper.", *made) if self.quick else made
 
@@ -70,5 +70,6 @@ class Results:
             f"batch {training['batch_size']}, {training['steps']} steps, {seeds} seeds, "
             f"{progress['runs_total']} runs ({progress['runs_diverged']} diverged, "
             f"{progress['runs_reused']} reused), "
-            f"{usage['device_seconds']:.1f} device-seconds on {', '.join(devices) or 'nothing'}"
+            f"{usage['device_seconds']:.1f} device-seconds on {', '.join(devices) or 'nothing'}, "
+            f"ended {sweep['finished_at'][:10]}"
         )

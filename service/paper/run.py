@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from ddpnopt.errors import DataError
+from ddpnopt.errors import MissingDataError
 from service.client import Client
 from service.errors import SetupError
 from service.paper.presets import Preset, idempotency_key
 from service.paper.results import Results
 
-NO_DATA: Final = f"{DataError.__name__}: "
-"""How the error of a pack begins whose dataset could not be read: workers write the class's name."""
+NO_DATA: Final = f"{MissingDataError.__name__}: "
+"""How the error of a pack begins whose dataset's files are not there: workers write the class's name."""
 
 Follow = Callable[[str, Iterable[dict[str, Any]]], dict[str, Any]]
 """Takes a spec's name and the states of its sweep as they come; returns the last one."""
@@ -38,7 +37,7 @@ def run(client: Client, preset: Preset, follow: Follow, *, quick: bool = False) 
             done[name] = sweep
         elif sweep["state"] == "failed" and str(sweep["error"]).startswith(NO_DATA):
             # What was looked for; where is the machine's business.
-            missing[name] = re.split(r" in \S+[,;]", sweep["error"].removeprefix(NO_DATA))[0]
+            missing[name] = sweep["error"].removeprefix(NO_DATA).partition(" in ")[0]
         else:
             raise SetupError(f"sweep {sweep_id} ({name}) {sweep['state']}: {sweep['error']}")
     return Results(client, preset, done, quick, missing)

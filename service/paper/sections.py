@@ -52,7 +52,7 @@ class Section:
         findings: one sentence each: what agrees, what does not.
         pictures: of ours, and of the paper's beside it where it has numbers.
         tables: of both.
-        notes: how it was made: setting, seeds, device, seconds.
+        notes: how it was made: setting, seeds, device, seconds, day.
         remarks: why it may differ from the paper.
     """
 

@@ -2,7 +2,8 @@
 
 The criterion, stated before anything was trained: an eigenvalue is non-trivial if it is above `NONTRIVIAL` of
 the largest one; the paper's claim holds for a sweep if in every run and at every point there are as many of
-them as clusters, and the largest one grows from the first point after the start to the last.
+them as clusters, and the largest one grows from the first point after the start to the last. Runs that
+diverged are counted and left out.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Spectra:
     Attributes:
         clusters: k.
         steps: (P,) of the points.
-        values: (runs, P, n), descending along the last.
-        seeds: of the runs.
+        values: (runs, P, n), descending along the last, of the runs that came to the end.
+        seeds: of these.
+        diverged: how many did not.
     """
 
     loss: str
@@ -43,6 +45,7 @@ class Spectra:
     steps: tuple[int, ...]
     values: NDArray[np.float64]
     seeds: tuple[int, ...]
+    diverged: int = 0
 
     def nontrivial(self) -> NDArray[np.int64]:
         """Count the non-trivial eigenvalues, (runs, P)."""
@@ -61,12 +64,15 @@ class Spectra:
 
 def section(results: Results) -> Section:
     """Build the section."""
-    found = [_spectra(results, sweep) for sweep in results.sweeps.values()]
+    every = [_spectra(results, sweep) for sweep in results.sweeps.values()]
+    found = [one for one in every if one.seeds]
     return Section(
         results.preset.name,
         results.preset.title,
-        tuple(_finding(one) for one in found),
-        (
+        tuple(map(_finding, every)),
+        ()
+        if not found
+        else (
             Picture(
                 "fig8",
                 "Eigenvalues of E[KᵀK] of the last layer, mean of the seeds; dashed: the number of clusters",
@@ -87,24 +93,34 @@ def section(results: Results) -> Section:
 
 def _spectra(results: Results, sweep: dict[str, Any]) -> Spectra:
     spec = sweep["spec"]
-    records = list(results.client.records(sweep["id"], "policy_spectrum"))
+    last = spec["training"]["steps"]
+    whole = [
+        record
+        for record in results.client.records(sweep["id"], "policy_spectrum")
+        if len(record["steps"]) and record["steps"][-1] == last
+    ]
+    runs = sum(run["method"] == "ddpnopt" for run in results.client.runs(sweep["id"]))
     return Spectra(
         spec["loss"],
         CATALOG[spec["dataset"]].classes,
-        tuple(records[0]["steps"]),
-        np.stack([record["values"] for record in records]),
-        tuple(record["seed"] for record in records),
+        tuple(whole[0]["steps"]) if whole else (),
+        np.array([record["values"] for record in whole]),
+        tuple(record["seed"] for record in whole),
+        runs - len(whole),
     )
 
 
 def _finding(one: Spectra) -> str:
+    lost = f"; {one.diverged} runs diverged" if one.diverged else ""
+    if not one.seeds:
+        return f"{one.clusters} clusters, {LOSSES[one.loss]}: nothing to count{lost}."
     counts = one.nontrivial()
     seen = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     match = "as many as clusters" if one.counts_match() else f"not {one.clusters}, the number of clusters"
     grow = "grows" if one.grow() else "does not grow in every run"
     return (
         f"{one.clusters} clusters, {LOSSES[one.loss]}: {seen} non-trivial eigenvalues at all points, "
-        f"{match}; the largest {grow} from step {one.steps[1]} to {one.steps[-1]}."
+        f"{match}; the largest {grow} from step {one.steps[1]} to {one.steps[-1]}{lost}."
     )
 
 

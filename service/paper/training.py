@@ -54,20 +54,26 @@ def _curves(results: Results, sweep: dict[str, Any], position: int, baseline: st
 
 def _findings(baseline: str, metric: str, curves: Curves) -> list[str]:
     rate, reg = CELLS[baseline]
-    ends = {method: values[:, -1] for method, (_, values) in curves.items() if values.size}
-    if len(ends) < len(curves):
-        return []
+    ends = {method: values[np.isfinite(values[:, -1]), -1] for method, (_, values) in curves.items()}
     told = "; ".join(
-        f"{'DDPNOpt' if method == 'ddpnopt' else figures.BASELINES[baseline]} "
-        f"{np.nanmean(end):.3g} ± {np.nanstd(end, ddof=1):.2g}"
+        f"{'DDPNOpt' if method == 'ddpnopt' else figures.BASELINES[baseline]} {_summed_up(end)} "
+        f"({len(end)} of {len(curves[method][1])} seeds)"
         for method, end in ends.items()
-        if np.isfinite(end).sum() > 1
     )
-    smaller = np.nanstd(ends["ddpnopt"]) < np.nanstd(ends["baseline"])
-    where = f"{figures.BASELINES[baseline]} at learning rate {rate:g}, ε {reg:g}, {figures.TITLES[metric]}"
+    said = f"{figures.BASELINES[baseline]} at learning rate {rate:g}, ε {reg:g}, {figures.VALUES[metric]}"
+    if any(len(end) < 2 for end in ends.values()):
+        return [f"{said} at the end: {told}: too few to compare the spread."]
+    smaller = np.std(ends["ddpnopt"], ddof=1) < np.std(ends["baseline"], ddof=1)
     return [
-        f"{where} at the end: {told}; the spread is {'smaller' if smaller else 'not smaller'} with DDPNOpt."
+        f"{said} at the end: {told}; the spread is {'smaller' if smaller else 'not smaller'} with DDPNOpt."
     ]
+
+
+def _summed_up(end: np.ndarray[Any, Any]) -> str:
+    """Return mean ± standard deviation, as far as there are any."""
+    if not len(end):
+        return "diverged"
+    return f"{end.mean():.3g} ± {end.std(ddof=1):.2g}" if len(end) > 1 else f"{end[0]:.3g}"
 
 
 def _rows(baseline: str, metric: str, curves: Curves) -> list[tuple[Value, ...]]:
@@ -94,11 +100,11 @@ def _figure(shown: dict[tuple[str, str], Curves]) -> Figure:
 
 
 def _draw(ax: Axes, baseline: str, metric: str, curves: Curves) -> None:
-    for method, (steps, values) in curves.items():
-        if not values.size:
-            continue
+    for method, (points, curve) in curves.items():
         name = "DDPNOpt" if method == "ddpnopt" else figures.BASELINES[baseline]
-        mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        spread_there = np.isfinite(curve).sum(axis=0) > 1
+        steps, values = points[spread_there], curve[:, spread_there]
+        mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0, ddof=1)
         ax.plot(steps, mean, label=name, color=COLOURS[method])
         ax.fill_between(steps, mean - spread, mean + spread, color=COLOURS[method], alpha=0.2, linewidth=0)
     ax.set(xlabel="iterations", ylabel=figures.TITLES[metric].partition(" (")[0])

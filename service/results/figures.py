@@ -84,7 +84,12 @@ def label(cell: Cell, digits: int) -> str:
 
 def digits(heatmap: Heatmap) -> int:
     """Return how many decimals the numbers get."""
-    return 1 if largest(heatmap) >= 10 else 2 if largest(heatmap) >= 0.1 else 4
+    return digits_to(largest(heatmap))
+
+
+def digits_to(end: float) -> int:
+    """Return how many decimals numbers get of which the largest is `end`."""
+    return 1 if end >= 10 else 2 if end >= 0.1 else 4
 
 
 def rows(heatmap: Heatmap) -> list[tuple[float, list[Cell]]]:

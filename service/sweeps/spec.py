@@ -6,6 +6,7 @@ What was added later has a default: a spec that an older version stored still re
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Self, TypeAlias
 
 from pydantic import (
@@ -292,14 +293,14 @@ class GridSpec(_Model):
 
         Options of DDPNOpt set nothing where it is not trained.
         """
-        parts = (self.options, self.ddpnopt) if self.has_cells else (self.options,)
-        changed = (
-            (name, value)
-            for chosen in parts
-            for name, value in chosen
-            if value != getattr(type(chosen)(), name)
-        )
-        return ", ".join(f"{name} {_written(value)}" for name, value in changed)
+        return ", ".join(map(" ".join, self.settings(self.methods()[-1])))
+
+    def settings(self, method: str) -> Iterator[tuple[str, str]]:
+        """Yield the options of a method's runs that are not the defaults, with their values as written."""
+        for chosen in (self.options, self.ddpnopt) if method == "ddpnopt" else (self.options,):
+            for name, value in chosen:
+                if value != getattr(type(chosen)(), name):
+                    yield name, _written(value)
 
 
 def _written(value: object) -> str:

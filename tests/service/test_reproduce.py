@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
+import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
+from torch import Tensor
 
+from ddpnopt.config import RunConfig
 from ddpnopt.pack import cost
+from ddpnopt.pack.engine import Curves, Trainer
+from ddpnopt.pack.part import Part
 from service.app import create_app
+from service.cli import display, reproduction
 from service.client import Client
 from service.config import Settings
 from service.errors import InvalidInputError, SetupError
 from service.paper import presets, report
-from service.paper.accuracies import Candidate, line, rank
+from service.paper.accuracies import Candidate, line, rank, ties
 from service.paper.build import BUILDERS, REMARKS, build, remarks
 from service.paper.costs import Cost, fitted
 from service.paper.presets import PRESETS, Preset
 from service.paper.results import Results, stacked
 from service.paper.run import run
+from service.paper.sections import Section, Table
 from service.paper.spectra import Spectra
-from service.paper.vanishing import Line
+from service.paper.vanishing import Line, agreement, told_apart
 from service.results.statistics import SummaryRow
 from service.sweeps.documents import parse_spec, parse_yaml
 from tests.conftest import SMALL_SPEC
-from tests.service.test_cli import URL, InProcess
+from tests.service.test_cli import URL, InProcess, refused
+from tests.service.test_cli import run as run_cli
 from tests.service.test_reuse import train
 
 TINY = {"steps": 4, "batch_size": 16, "eval_every": 2}
@@ -157,6 +167,56 @@ def test_the_report_of_a_preset(name: str, client: Client, sqlite_engine: Engine
     assert "--quick" not in page
 
 
+LOST: dict[str, tuple[Callable[[RunConfig], bool], int]] = {
+    "all at once": (lambda run: True, 0),
+    "all on the way": (lambda run: True, 2),
+    "every second": (lambda run: run.seed == 0, 2),
+    "DDPNOpt at the end": (lambda run: run.optimizer.method == "ddpnopt", 4),
+}
+"""Which runs diverge, and from which point of the curves on."""
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        *((name, lost) for name in PRESETS for lost in ("all on the way", "every second")),
+        *((name, "all at once") for name in ("fig4a", "fig4b", "fig5", "fig8", "fig12")),
+        *((name, "DDPNOpt at the end") for name in ("fig4b", "fig5", "fig8", "tables6-8")),
+    ],
+)
+def test_the_report_of_runs_that_diverged(
+    name: str,
+    lost: str,
+    client: Client,
+    sqlite_engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Divergence is a result: nothing may fail where runs have no end."""
+    take = Trainer._take
+    diverges, at = LOST[lost]
+
+    def lose(self: Trainer, curves: Curves, measure: Callable[[Part], Tensor]) -> None:
+        def measured(part: Part) -> Tensor:
+            values = measure(part).clone()
+            if self.step >= at:
+                values[[row for row, place in enumerate(part.index) if diverges(self.runs[place])]] = (
+                    torch.nan
+                )
+            return values
+
+        take(self, curves, measured)
+
+    monkeypatch.setattr(Trainer, "_take", lose)
+    results = done(client, sqlite_engine, PRESETS[name])
+    assert sum(sweep["progress"]["runs_diverged"] for sweep in results.sweeps.values()) > 0
+    section = build(results)
+    assert section.findings
+    assert not [found for found in section.findings if re.search(r"\b(nan|inf|None)\b", found)]
+    assert report.save([section], tmp_path / "report")
+
+
 @pytest.mark.usefixtures("tiny")
 def test_the_tables_hold_what_the_heatmaps_say(client: Client, sqlite_engine: Engine) -> None:
     results = done(client, sqlite_engine, PRESETS["fig4a"])
@@ -200,11 +260,49 @@ def test_a_curve_that_breaks_off_has_no_end() -> None:
     steps, losses = stacked(spec, "train_loss", broken)
     assert steps.tolist() == [0, 2, 4]
     np.testing.assert_array_equal(losses, [[10.0, 0.1, np.nan], [10.0, np.nan, np.nan]])
-    line = Line("DDPNOpt", 0.1, steps, losses, None, 10.0)
+    line = Line("DDPNOpt", 0.1, (), steps, losses, None, 10.0)
     assert (line.escaped(), line.diverged(), line.final()) == (0, 2, None)
     ends = np.array([[10.0, 9.5, 8.9], [10.0, 9.5, 9.1], [10.0, 9.5, 1e6]])
-    out = Line("DDPNOpt", 0.1, steps, ends, None, 10.0)
+    out = Line("DDPNOpt", 0.1, (), steps, ends, None, 10.0)
     assert (out.escaped(), out.diverged(), out.blown(), out.final()) == (1, 0, 1, 9.0)
+
+
+def test_lines_say_in_what_those_of_one_name_differ() -> None:
+    nothing = np.zeros((1, 1))
+
+    def line_of(name: str, *settings: tuple[str, str]) -> Line:
+        return Line(name, 0.1, settings, np.zeros(1, dtype=np.int64), nothing, None, 10.0)
+
+    same, damping = ("dynamics", "second_order"), ("damping", "0.003")
+    lines = [
+        line_of("EKFAC", damping),
+        line_of("DDPNOpt2nd", damping, same),
+        line_of("DDPNOpt2nd", damping, same, ("safeguard", "psd")),
+        line_of("DDPNOpt2nd", ("damping", "0.002"), same),
+    ]
+    assert [found.label for found in told_apart(lines)] == [
+        "EKFAC, 0.1",
+        "DDPNOpt2nd, 0.1, damping 0.003",
+        "DDPNOpt2nd, 0.1, damping 0.003, safeguard psd",
+        "DDPNOpt2nd, 0.1, damping 0.002",
+    ]
+
+
+def test_escapes_agree_with_the_paper_by_learning_rate() -> None:
+    def line_of(name: str, rate: float, *ends: float) -> Line:
+        return Line(name, rate, (), np.zeros(1, dtype=np.int64), np.array([ends]).T, None, 10.0)
+
+    lines = [
+        line_of("EKFAC", 0.1, 10.0, 10.0),
+        line_of("EKFAC", 0.2, 10.0, 1.0),
+        line_of("DDPNOpt", 0.1, 1.0, 1.0),
+        line_of("DDPNOpt", 0.2, 1.0, math.nan),
+        line_of("Adam", 0.1, 1.0, 1.0),  # of which Fig. 12 says nothing
+    ]
+    assert agreement("fig12", lines).endswith(
+        "for 2 of 4 methods at a learning rate, and otherwise for: EKFAC, 0.2 (1 of 2 seeds); "
+        "DDPNOpt, 0.2 (1 of 2 seeds)."
+    )
 
 
 def test_remarks_are_of_presets_and_name_files_that_are_there() -> None:
@@ -252,6 +350,91 @@ def test_a_sweep_whose_data_are_not_there_is_left_out_and_named(
     assert sweep["state"] == "failed"
 
 
+@pytest.fixture
+def command(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `ddpsweep reproduce` take the API of this process for a server that runs."""
+    monkeypatch.setattr(reproduction, "Client", lambda url: contextlib.nullcontext(client))
+
+
+@pytest.mark.usefixtures("tiny", "command")
+def test_the_command_takes_what_was_done_and_writes_the_report(
+    client: Client, sqlite_engine: Engine, tmp_path: Path
+) -> None:
+    done(client, sqlite_engine, PRESETS["fig9"])
+    said = run_cli("reproduce", "fig9", "--out", str(tmp_path / "[deep]"))
+    assert "on the server at http" in said
+    assert "200" not in said  # the tiny one
+    assert "· training loss: DDPNOpt is better in" in said
+    assert str(tmp_path / "[deep]" / "report.html") in said.replace("\n", "")
+    assert {path.name for path in (tmp_path / "[deep]").iterdir()} == {
+        *("report.html", "report.pdf", "fig9.png", "fig9-train-loss.csv", "fig9-accuracy.csv")
+    }
+    assert len(client.sweeps()) == 1
+
+
+@pytest.mark.usefixtures("command")
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("fig7",), r"2 error: name: got fig7; allowed: one of fig3, .*, or all"),
+        (
+            ("fig9", "--data", "x"),
+            r"1 error: --data: the server at http\S+ has workers of its own.*leave --data out",
+        ),
+    ],
+)
+def test_what_the_command_refuses(
+    arguments: tuple[str, ...],
+    line: str,
+    client: Client,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert re.fullmatch(
+        line, refused(capsys, monkeypatch, "reproduce", *arguments, "--out", str(tmp_path / "o"))
+    )
+    assert client.sweeps() == []
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.usefixtures("tiny", "command")
+def test_a_sweep_that_does_not_complete_costs_no_other_preset(
+    client: Client,
+    sqlite_engine: Engine,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hours of `all` are not lost to one of them: the report has the others, and the command says which failed."""
+    chosen = {name: PRESETS[name] for name in ("fig8", "fig9", "fig11")}
+    for name in ("fig9", "fig11"):
+        done(client, sqlite_engine, chosen[name])
+    follow = display.follow
+
+    def cancelled(console: Any, states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        (first, *_) = taken = [next(iter(states))]
+        return client.cancel(first["id"]) if first["name"].startswith("fig8") else follow(console, taken)
+
+    monkeypatch.setattr(display, "follow", cancelled)
+    monkeypatch.setattr(reproduction, "PRESETS", chosen)
+    said = refused(capsys, monkeypatch, "reproduce", "all", "--out", str(tmp_path))
+    assert re.fullmatch(r"1 error: fig8: sweep \w+ \(fig8-mmc-5\) cancelled: None", said)
+    page = (tmp_path / "report.html").read_text()
+    assert "Not reproduced: sweep " in page
+    assert all(f'id="{name}"' in page for name in chosen)
+    assert {"fig9.png", "fig11.png"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
+    bad = "<script>alert(1)</script>"
+    table = Table("t", bad, (bad,), ((bad,),))
+    report.save([Section("x", bad, (bad,), (), (table,), (bad,), (bad,))], tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 8
+
+
 def row(rate: float, mean: float | None, diverged: int = 0, **changes: Any) -> SummaryRow:
     values = {"grid": 0, "baseline": "adam", "setting": "", "method": "baseline", "vxx_reg": None, "n": 3}
     values |= {"n_ended": 3, "n_total": 3, "sd": None, "ci_low": None, "ci_high": None, "min": None}
@@ -275,8 +458,10 @@ def test_the_best_setting_of_table3_is_that_of_the_least_training_loss() -> None
     assert {name: one.loss.learning_rate for name, one in found.best.items()} == {"adam": 0.2, "ddpnopt": 0.1}
     assert found.ours() == {"adam": 95.0, "ddpnopt": 96.0}
     assert found.paper["adam"] == 94.98
-    assert rank({"a": 1.0, "b": 3.0, "c": 3.0}, "a") == 3
-    assert rank({"a": 1.0, "b": 3.0, "c": 3.0}, "c") == 1
+    assert found.tried == {"adam": 4, "ddpnopt": 1}
+    values = {"a": 1.0, "b": 3.0, "c": 3.0 + 1e-14, "d": 2.9}
+    assert [rank(values, name) for name in values] == [4, 1, 1, 3]
+    assert [ties(values, name) for name in values] == [0, 1, 1, 0]
 
 
 def test_exponents_are_fitted_where_nothing_else_differs() -> None:

@@ -172,3 +172,29 @@ def test_a_service_of_ones_own_ends_with_whoever_is_terminated(tmp_path: Path) -
     assert owner.wait(60) == 128 + signal.SIGTERM
     psutil.wait_procs([served], timeout=30)
     assert not served.is_running()
+
+
+def test_reproduce_on_a_server_of_its_own_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    command = [*DDPSWEEP, "reproduce", "fig9", "--quick", "--out", str(tmp_path / "report")]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"  # bound, and nobody answers
+        environment = os.environ | {"DDPSWEEP_HOME": str(tmp_path / "home"), "DDPSWEEP_URL": url}
+        stopped = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert stopped.stdout is not None
+        said = stopped.stdout.readline()
+        assert said.startswith("on a server of its own"), said
+        while not said.startswith("  fig9"):
+            said = stopped.stdout.readline()
+            assert said
+        stopped.terminate()
+        assert stopped.wait(60) == 128 + signal.SIGTERM
+        assert not (tmp_path / "report").exists()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "60/60 runs" in done.stdout
+    assert {"report.html", "report.pdf", "fig9.png"} <= {
+        path.name for path in (tmp_path / "report").iterdir()
+    }
+    with write(open_engine(f"sqlite:///{tmp_path / 'home' / 'ddpsweep.db'}")) as connection:
+        assert connection.exec_driver_sql("select count(*) from sweeps").scalar_one() == 1

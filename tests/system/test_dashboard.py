@@ -355,7 +355,7 @@ def test_the_papers_sweeps_are_submitted_once(url: str, page: Page) -> None:
     sent: list[tuple[str, str]] = []
 
     def note(request: Request) -> None:
-        if request.method == "POST":
+        if request.method == "POST" and request.url.endswith("/sweeps"):
             sent.append((request.headers["idempotency-key"], request.post_data_json["name"]))
 
     page.on("request", note)
@@ -367,6 +367,15 @@ def test_the_papers_sweeps_are_submitted_once(url: str, page: Page) -> None:
         assert page.url.endswith(first["id"])
         assert (first["name"], first["spec"]["seeds"]) == ("fig9", 3)
 
+        # One that was cancelled goes on.
+        client.cancel(first["id"])
+        page.goto(f"{url}/new")
+        page.get_by_role("button", name="Submit quick: fig9").click()
+        page.wait_for_url(re.compile("/sweeps/"))
+        (again,) = client.sweeps()
+        assert (again["id"], again["state"]) == (first["id"], "queued")
+        sent.clear()
+
         # Several sweeps lead to the list; those that are there are taken.
         documents = PRESETS["fig4a"].documents()
         for _ in range(2):
@@ -375,7 +384,7 @@ def test_the_papers_sweeps_are_submitted_once(url: str, page: Page) -> None:
             page.wait_for_url(f"{url}/")
             assert len(client.sweeps()) == 4
         expected = [(idempotency_key(document), document["name"]) for document in documents.values()]
-        assert sent[1:] == expected * 2
+        assert sent == expected * 2
 
 
 def test_a_preset_that_is_refused_says_why(url: str, browser: Browser) -> None:

@@ -3,6 +3,8 @@
 
 const SWEEPS = "/api/v1/sweeps";
 const YAML = { "Content-Type": "application/yaml" };
+// A preset's sweep may be there already: what makes it go on, by its state.
+const GOES_ON_BY = { failed: "retry", cancelled: "retry", paused: "resume", pausing: "resume" };
 
 let busy = false;
 // Stays until the spec is changed, so that an answer that got lost does no harm.
@@ -35,6 +37,12 @@ async function alone(act) {
 
 // --- presets ---
 
+async function submitted(headers, spec) {
+  const answer = await ask(SWEEPS, { headers, body: JSON.stringify(spec) });
+  const action = GOES_ON_BY[answer.body?.state];
+  return action ? ask(`${SWEEPS}/${answer.body.id}/${action}`) : answer;
+}
+
 async function submitPreset(button) {
   const { preset } = button.dataset;
   const sweeps = JSON.parse(button.dataset.sweeps);
@@ -43,7 +51,7 @@ async function submitPreset(button) {
   for (const { name, key, spec } of sweeps) {
     say(`said-${preset}`, `Submitting ${name}, ${ids.length + 1} of ${sweeps.length} …`);
     const headers = { "Content-Type": "application/json", "Idempotency-Key": key };
-    const { body, problem } = await ask(SWEEPS, { headers, body: JSON.stringify(spec) });
+    const { body, problem } = await submitted(headers, spec);
     if (problem) {
       say(`said-${preset}`, "");
       say(`alert-${preset}`, `${name}: ${problem.detail}`);
