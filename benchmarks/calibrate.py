@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.sweeps import completed, submitted
 from service.cli.embedded import service
 from service.client import Client
 from service.paper import presets, published
@@ -144,17 +144,13 @@ def score(baseline: str, losses: tuple[float | None, ...], accuracies: tuple[flo
 
 def search(client: Client, seeds: int, console: Console) -> list[Scored]:
     """Train every setting; return all scores, the best first."""
-    submitted = []
-    for baseline, width, batch in itertools.product(OPTIONS, WIDTHS, BATCHES):
-        body = json.dumps(spec(width, batch, seeds, baseline)).encode()
-        sweep = client.submit(body, "application/json", idempotency_key=f"{baseline}-{width}-{batch}-{seeds}")
-        submitted.append((sweep["id"], baseline, width, batch))
+    settings = itertools.product(OPTIONS, WIDTHS, BATCHES)
+    waiting = [
+        (submitted(client, spec(w, b, seeds, baseline)), baseline, w, b) for baseline, w, b in settings
+    ]
     found: list[Scored] = []
-    for sweep_id, baseline, width, batch in submitted:
-        *_, last = client.watch(sweep_id, 1.0)
-        if last["state"] != "completed":
-            raise SystemExit(f"sweep {sweep_id} {last['state']}: {last['error']}")
-        found += scored(client, last, baseline, width, batch)
+    for sweep_id, baseline, width, batch in waiting:
+        found += scored(client, completed(client, sweep_id), baseline, width, batch)
         best = min(found[-len(OPTIONS[baseline]) * len(STEPS) :], key=lambda one: one.score)
         setting = f"{best.options} {best.steps} steps"
         console.print(f"{baseline}, {width} units, batch {batch}: {best.score:.2f} ({setting})")
@@ -170,9 +166,7 @@ def lengths(client: Client, seeds: int) -> list[tuple[str, int, float, float]]:
         document = presets.spec(f"table{row.table}") | {"seeds": seeds}
         document["training"] |= {"steps": LONG_STEPS, "eval_every": LONG_EVERY}
         document["grids"][0]["vxx_reg"] = []
-        key = f"length-{row.table}-{seeds}"
-        submitted = client.submit(json.dumps(document).encode(), "application/json", idempotency_key=key)
-        *_, sweep = client.watch(submitted["id"], 1.0)
+        sweep = completed(client, submitted(client, document))
         steps, values = stacked(sweep["spec"], "train_loss", client.curves(sweep["id"], metric="train_loss"))
         means = values.mean(axis=0).tolist()
         found += [(row.table, step, mean, row.train_loss) for step, mean in zip(steps, means, strict=True)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.sweeps import completed, submitted
 from service.cli.embedded import service
 from service.client import Client
 from service.paper import presets
@@ -44,12 +44,7 @@ def panel(client: Client, name: str, seeds: int) -> Iterator[Row]:
     document = presets.spec(name) | {"seeds": seeds, "name": f"sensitivity: {name}"}
     (grid,) = document["grids"]
     document["grids"] = [grid | {"ddpnopt": form} for form in FORMS]
-    submitted = client.submit(
-        json.dumps(document).encode(), "application/json", idempotency_key=f"{name}-{seeds}"
-    )
-    *_, sweep = client.watch(submitted["id"], 1.0)
-    if sweep["state"] != "completed":
-        raise SystemExit(f"sweep {sweep['id']} {sweep['state']}: {sweep['error']}")
+    sweep = completed(client, submitted(client, document))
     for position, form in enumerate(FORMS):
         for metric in METRICS:
             cells = client.heatmap(sweep["id"], metric=metric, grid=position).cells

@@ -472,13 +472,23 @@ def _write(to: Path, save: Any) -> None:
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="A figure or table of the paper, or all.", metavar="NAME")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="fig3, fig4a, fig4b, fig5, fig6, fig8, fig9, fig10, fig11, fig12, table3, table4, "
+            "tables6-8, tables9-10, or all.",
+            metavar="NAME",
+        ),
+    ],
     quick: Annotated[
         bool, typer.Option("--quick/--full", help="Fewer seeds and shorter, or as in the paper.")
     ] = False,
-    to: Annotated[Path, typer.Option("--out", help="Folder of the report.", metavar="DIR")] = Path(
-        "out/reproduction"
-    ),
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder of the report; out/reproduction/NAME if not given.", metavar="DIR"
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of the datasets' files, as DDPSWEEP_DATA.", metavar="DIR")
     ] = None,
@@ -490,7 +500,8 @@ def reproduce(
     """
     from service.cli import reproduction
 
-    reproduction.reproduce(out, Settings(), name, to, data, quick=quick)
+    folder = to or Path("out/reproduction") / (f"{name}-quick" if quick else name)
+    reproduction.reproduce(out, Settings(), name, folder, data, quick=quick)
 
 
 @db_app.command("upgrade")

@@ -37,18 +37,30 @@ def reproduce(
     failed: list[str] = []
     try:
         with _server(console, settings, data) as url, Client(url) as client:
+            _make(folder)
             for preset in chosen:
                 try:
                     sections.append(_section(console, client, preset, quick=quick))
                 except SetupError as error:
                     failed.append(f"{preset.name}: {error}")
                     sections.append(Section(preset.name, preset.title, (f"Not reproduced: {error}",)))
+    except (KeyboardInterrupt, SystemExit):
+        console.print("stopping; the same command goes on from here")
+        raise
     finally:
         if sections:
             *_, page, pdf = report.save(sections, folder)
             console.print(f"wrote {page} and {pdf}", markup=False, soft_wrap=True)
     if failed:
         raise SetupError("; ".join(failed))
+
+
+def _make(folder: Path) -> None:
+    """Make the report's folder, before hours of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"--out: got {str(folder)!r}, which cannot be made: {error.strerror}") from error
 
 
 def _section(console: Console, client: Client, preset: Preset, *, quick: bool) -> Section:

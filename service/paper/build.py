@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -12,6 +12,7 @@ from service.paper.results import Results
 from service.paper.sections import Section
 from service.sweeps.documents import parse_yaml
 
+QUICK: Final = "Made with --quick: fewer seeds or steps, so that nothing here is evidence."
 REMARKS: Final = Path(__file__).parent / "remarks.yaml"
 
 BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
@@ -35,11 +36,20 @@ BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
 def build(results: Results) -> Section:
     """Build a preset's section of what there is, and name in it what is missing."""
     preset = results.preset
-    said = tuple(f"{name} did not run: {why}" for name, why in results.missing.items())
+    said = tuple(_missing(results))
     if not results.sweeps:
         return Section(preset.name, preset.title, said)
     section = BUILDERS[preset.name](results)
-    return replace(section, findings=(*section.findings, *said), remarks=remarks(preset.name))
+    quick = (QUICK,) if results.quick else ()
+    return replace(section, findings=(*quick, *section.findings, *said), remarks=remarks(preset.name))
+
+
+def _missing(results: Results) -> Iterator[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, why in results.missing.items():
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        yield f"{', '.join(names)} did not run: {why} (docs/datasets.md says where such files go)"
 
 
 def remarks(name: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ddpnopt.probes import COST
 from service.paper import published
@@ -100,7 +101,9 @@ def table4(results: Results) -> Section:
         (*(_finding(growths, *kind) for kind in _kinds(growths)), *_unmeasured(results)),
         (
             Picture(
-                "table4", "Growth along batch size, width and layers, with fitted exponents", _fits(growths)
+                "table4",
+                "Growth along batch size, width and layers; at the lines' ends the exponents",
+                _fits(growths),
             ),
         ),
         (
@@ -216,16 +219,28 @@ def _over_batches(costs: Sequence[Cost]) -> Figure:
 def _fits(growths: Sequence[Growth]) -> Figure:
     figure = Figure(figsize=(10, 6), layout="constrained")
     grid = figure.subplots(len(COST), len(AXES), squeeze=False)
+    colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(growth.label for growth in growths))}
     for line, measure in zip(grid, COST, strict=True):
         unit, factor = UNITS[measure]
         for axes, axis in zip(line, AXES, strict=True):
-            for growth in (g for g in growths if (g.measure, g.axis) == (measure, axis)):
-                values = [value * factor for value in growth.values]
-                label = f"{growth.label}: {growth.exponent:.2f}"
-                axes.loglog(growth.sizes, values, marker="o", markersize=4, label=label)
+            own = [growth for growth in growths if (growth.measure, growth.axis) == (measure, axis)]
+            for growth in own:
+                values, colour = [value * factor for value in growth.values], colours[growth.label]
+                axes.loglog(growth.sizes, values, "o-", markersize=4, color=colour)
+                axes.annotate(
+                    f" {growth.exponent:.2f}",
+                    (growth.sizes[-1], values[-1]),
+                    color=colour,
+                    fontsize=8,
+                    va="center",
+                )
+            sizes = sorted({size for growth in own for size in growth.sizes})
+            axes.set_xticks(sizes, list(map(str, sizes)), fontsize=7)
+            axes.set_xticks([], minor=True)
+            axes.margins(x=0.18)
             axes.set_xlabel(f"{AXES[axis]}, {axis}")
             axes.set_ylabel(unit)
             axes.grid(alpha=0.3, which="both")
-            if axes.has_data():
-                axes.legend(fontsize=7, title="exponent", title_fontsize=7)
+    handles = [Line2D([], [], color=colour, marker="o", label=label) for label, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles) or 1, fontsize=8)
     return figure

@@ -124,19 +124,20 @@ def _table(name: str, metric: str, panels: Sequence[Heatmap], compared: Sequence
         reference = references[panel.baseline]
         for cell in panel.cells:
             rate, reg = cell.learning_rate, cell.vxx_reg
-            paper: tuple[Value, ...] = (None, None)
+            theirs: tuple[Value, ...] = (None, None)
             if reference is not None:
-                paper = (reference.alone[rate], reference.ddpnopt[rate, reg])
+                theirs = (reference.alone[rate], reference.ddpnopt[rate, reg])
             rows.append(
                 (
                     *(panel.baseline, rate, reg, cell.n, cell.n_diverged_baseline, cell.n_diverged_ddpnopt),
                     *(cell.baseline_mean, cell.ddpnopt_mean, cell.improvement, cell.ci_low, cell.ci_high),
-                    *(cell.q_value, cell.state, *paper),
+                    *(cell.q_value, cell.state, *theirs),
                 )
             )
+    paper = "; the last two columns are the paper's" if any(references.values()) else ""
     return Table(
         f"{name}-{metric.replace('_', '-')}",
-        f"{figures.TITLES[metric]}, cell by cell; the last two columns are the paper's",
+        f"{figures.TITLES[metric]}, cell by cell{paper}",
         (
             *("baseline", "learning_rate", "vxx_reg", "n", "diverged_baseline", "diverged_ddpnopt"),
             *("baseline_mean", "ddpnopt_mean", "improvement", "ci_low", "ci_high", "q_value", "state"),

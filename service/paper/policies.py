@@ -47,9 +47,9 @@ def section(results: Results) -> Section:
         (
             Table(
                 "fig5",
-                "how the images of the policies lie to the differences between two classes' examples: "
-                "absolute cosine with the nearest one that has the image's class, mean over those that have it, and "
-                "mean over those that have it not, as a control",
+                "how the images of the policies lie to the differences between two classes' examples, by the "
+                "absolute cosine: with the nearest one that has the image's class, the mean over those that "
+                "have it, and the mean over the others, as a control",
                 ("layer", "class", "nearest", "cosine", "with_class", "without_class", "seen"),
                 table,
             ),
@@ -89,8 +89,8 @@ def _findings(table: tuple[tuple[Value, ...], ...]) -> list[str]:
     if seen:
         own, others = (np.mean([float(row[column] or 0.0) for row in seen]) for column in (4, 5))
         said.append(
-            f"They have a mean absolute cosine of {own:.2f} with the differences between their class's example "
-            f"and another's, and of {others:.2f} with those between two other classes."
+            f"They have a mean absolute cosine of {own:.2f} with the differences between their class's "
+            f"example and another's, and of {others:.2f} with those between two other classes."
         )
     top = sorted((row for row in table if row[0] == last), key=lambda row: -float(row[3] or 0.0))[:NEAR]
     pairs = ", ".join(f"({row[1]}, {row[2]}): {float(row[3] or 0.0):.2f}" for row in top)

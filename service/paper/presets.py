@@ -45,8 +45,8 @@ class Preset:
 
 _SHORT: Final[Mapping[str, Any]] = {"seeds": 1, "training": {"steps": 1000, "test_every": 1000}}
 _FEW_STEPS: Final[Mapping[str, Any]] = {
-    "seeds": 2,
-    "training": {"steps": 50, "eval_every": 50, "test_every": 50},
+    "seeds": 1,
+    "training": {"steps": 20, "eval_every": 20, "test_every": 20},
 }
 _FEWER: Final[Mapping[str, Any]] = {"seeds": 3}
 _FIG4A: Final = ("fig4a-sgd", "fig4a-rmsprop", "fig4a-ekfac")

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from service import __version__
 from service.paper.sections import Section, shown
+from service.results import figures
 
 TITLE: Final = "DDPNOpt, figure by figure"
 PAGE_INCHES: Final = (8.27, 11.69)
@@ -41,7 +42,7 @@ def save(sections: Sequence[Section], folder: Path) -> list[Path]:
             csv.writer(file).writerows([table.columns, *table.rows])
     written += [folder / "report.html", folder / "report.pdf"]
     written[-2].write_text(_html(sections, images, made), encoding="utf-8")
-    with PdfPages(written[-1]) as pdf, mpl.rc_context({"pdf.fonttype": 42}):
+    with PdfPages(written[-1]) as pdf, mpl.rc_context({"pdf.fonttype": figures.PDF_FONTS}):
         for figure in _pages(sections, made):
             pdf.savefig(figure)
     return written

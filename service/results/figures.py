@@ -29,6 +29,8 @@ BASELINES: Final = {
     "emsa": "E-MSA",
     "vanilla_ddp": "Vanilla DDP",
 }
+PDF_FONTS: Final = 3
+"""Matplotlib's kind of font in PDF files. With 42 its version 3.11 draws the letters of a ligature twice."""
 SUBTITLE: Final = 50
 """Letters that fit a line under a panel's title."""
 SURE: Final = frozenset({CellState.BETTER, CellState.WORSE})

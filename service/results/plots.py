@@ -61,7 +61,7 @@ def save(panels: Sequence[Heatmap], path: Path) -> None:
         color="0.35",
     )
     # A fixed salt and no date: the same numbers give the same file.
-    with mpl.rc_context({"svg.hashsalt": "ddpsweep", "pdf.fonttype": 42}):
+    with mpl.rc_context({"svg.hashsalt": "ddpsweep", "pdf.fonttype": figures.PDF_FONTS}):
         figure.savefig(path, dpi=160, metadata=_no_date(path))
 
 

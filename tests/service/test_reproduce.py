@@ -81,14 +81,20 @@ def last(_: str, states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return end
 
 
-def done(client: Client, engine: Engine, preset: Preset) -> Results:
+def in_the_paper(name: str) -> tuple[str, int]:
+    """Sort figures before tables, by their numbers."""
+    kind, number = re.fullmatch(r"(fig|table)s?(\d+).*", name).groups()  # type: ignore[union-attr]
+    return kind, int(number)
+
+
+def done(client: Client, engine: Engine, preset: Preset, *, quick: bool = False) -> Results:
     """Run a preset: submit, train, and take what is there."""
 
     def trained(name: str, states: Iterable[dict[str, Any]]) -> dict[str, Any]:
         train(engine, rounds=400)
         return last(name, states)
 
-    return run(client, preset, trained)
+    return run(client, preset, trained, quick=quick)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -127,7 +133,8 @@ def test_the_same_preset_again_takes_the_sweeps_that_are_there(client: Client, s
     first = done(client, sqlite_engine, PRESETS["fig4a"])
     again = run(client, PRESETS["tables9-10"], last)  # the same specs
     assert {n: s["id"] for n, s in first.sweeps.items()} == {n: s["id"] for n, s in again.sweeps.items()}
-    assert "--quick" in replace(again, quick=True).notes()[0]
+    assert "--quick" in build(replace(again, quick=True)).findings[0]
+    assert not any("--quick" in said for said in build(again).findings)
     assert len(client.sweeps()) == 3
 
 
@@ -329,16 +336,20 @@ def test_a_sweep_whose_data_are_not_there_is_left_out_and_named(
 ) -> None:
     monkeypatch.setenv("DDPSWEEP_DATA", str(tmp_path))
     monkeypatch.setitem(sys.modules, "pooch", None)  # nothing is fetched
-    names = {"table3-wine": "wine", "table3-svhn-cnn": "svhn"}
+    names = ("table3-wine", "table3-svhn-cnn", "table3-emsa-svhn-cnn")
     whole = presets.spec
     monkeypatch.setattr(
         presets, "spec", lambda name: whole(name) | {"seeds": 2, "training": TINY | {"steps": 2}}
     )
-    preset = Preset("table3", "Table 3", tuple(names), {})
+    preset = Preset("table3", "Table 3", names, {})
     results = done(client, sqlite_engine, preset)
     assert set(results.sweeps) == {"table3-wine"}
     section = build(results)
-    assert re.match("table3-svhn-cnn did not run: svhn: found no train_32x32.mat", section.findings[-1])
+    assert re.fullmatch(
+        r"table3-svhn-cnn, table3-emsa-svhn-cnn did not run: svhn: found no train_32x32.mat "
+        r"\(docs/datasets.md .*",
+        section.findings[-1],
+    )
     (table, _) = section.tables
     assert {row[1] for row in table.rows} == {"wine"}
     alone = build(replace(results, sweeps={}))
@@ -372,6 +383,27 @@ def test_the_command_takes_what_was_done_and_writes_the_report(
     assert len(client.sweeps()) == 1
 
 
+def test_the_commands_help_names_the_presets() -> None:
+    said = " ".join(run_cli("reproduce", "--help").split())
+    assert f"{', '.join(sorted(PRESETS, key=in_the_paper))}, or all." in said
+
+
+@pytest.mark.usefixtures("tiny", "command")
+@pytest.mark.parametrize(("quick", "name"), [((), "fig9"), (("--quick",), "fig9-quick")])
+def test_reports_of_several_presets_do_not_overwrite_each_other(
+    quick: tuple[str, ...],
+    name: str,
+    client: Client,
+    sqlite_engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done(client, sqlite_engine, PRESETS["fig9"], quick=bool(quick))
+    run_cli("reproduce", "fig9", *quick)
+    assert (tmp_path / "out" / "reproduction" / name / "report.html").is_file()
+
+
 @pytest.mark.usefixtures("command")
 @pytest.mark.parametrize(
     ("arguments", "line"),
@@ -381,6 +413,7 @@ def test_the_command_takes_what_was_done_and_writes_the_report(
             ("fig9", "--data", "x"),
             r"1 error: --data: the server at http\S+ has workers of its own.*leave --data out",
         ),
+        (("fig9", "--out", "/proc/x"), r"1 error: --out: got '/proc/x', which cannot be made: .*"),
     ],
 )
 def test_what_the_command_refuses(
@@ -391,11 +424,10 @@ def test_what_the_command_refuses(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert re.fullmatch(
-        line, refused(capsys, monkeypatch, "reproduce", *arguments, "--out", str(tmp_path / "o"))
-    )
+    monkeypatch.chdir(tmp_path)
+    assert re.fullmatch(line, refused(capsys, monkeypatch, "reproduce", *arguments))
     assert client.sweeps() == []
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("tiny", "command")
@@ -406,7 +438,7 @@ def test_a_sweep_that_does_not_complete_costs_no_other_preset(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hours of `all` are not lost to one of them: the report has the others, and the command says which failed."""
+    """Hours of `all` are not lost to one: the report has the others, and the command says which failed."""
     chosen = {name: PRESETS[name] for name in ("fig8", "fig9", "fig11")}
     for name in ("fig9", "fig11"):
         done(client, sqlite_engine, chosen[name])

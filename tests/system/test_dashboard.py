@@ -376,13 +376,16 @@ def test_the_papers_sweeps_are_submitted_once(url: str, page: Page) -> None:
         assert (again["id"], again["state"]) == (first["id"], "queued")
         sent.clear()
 
-        # Several sweeps lead to the list; those that are there are taken.
+        # Several sweeps are linked to; those that are there are taken.
         documents = PRESETS["fig4a"].documents()
         for _ in range(2):
             page.goto(f"{url}/new")
             page.get_by_role("button", name="Submit full: fig4a").click()
-            page.wait_for_url(f"{url}/")
+            links = page.locator("#said-fig4a a")
+            expect(links).to_have_text(["fig4a-sgd", "fig4a-rmsprop", "fig4a-ekfac"])
             assert len(client.sweeps()) == 4
+        links.first.click()
+        expect(page.locator("h1")).to_contain_text("fig4a-sgd")
         expected = [(idempotency_key(document), document["name"]) for document in documents.values()]
         assert sent == expected * 2
 

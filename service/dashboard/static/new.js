@@ -25,6 +25,12 @@ function count(number, noun) {
   return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 }
 
+function element(tag, ...children) {
+  const made = document.createElement(tag);
+  made.append(...children);
+  return made;
+}
+
 async function alone(act) {
   if (busy) return;
   busy = true;
@@ -46,10 +52,10 @@ async function submitted(headers, spec) {
 async function submitPreset(button) {
   const { preset } = button.dataset;
   const sweeps = JSON.parse(button.dataset.sweeps);
-  const ids = [];
+  const links = [];
   say(`alert-${preset}`, "");
   for (const { name, key, spec } of sweeps) {
-    say(`said-${preset}`, `Submitting ${name}, ${ids.length + 1} of ${sweeps.length} …`);
+    say(`said-${preset}`, `Submitting ${name}, ${links.length + 1} of ${sweeps.length} …`);
     const headers = { "Content-Type": "application/json", "Idempotency-Key": key };
     const { body, problem } = await submitted(headers, spec);
     if (problem) {
@@ -57,18 +63,19 @@ async function submitPreset(button) {
       say(`alert-${preset}`, `${name}: ${problem.detail}`);
       return;
     }
-    ids.push(body.id);
+    const link = element("a", name);
+    link.href = `/sweeps/${body.id}`;
+    link.dataset.id = body.id;
+    links.push(link);
   }
-  location.assign(ids.length === 1 ? `/sweeps/${ids[0]}` : "/");
+  if (sweeps.length === 1) {
+    location.assign(`/sweeps/${links[0].dataset.id}`);
+  } else {
+    document.getElementById(`said-${preset}`).replaceChildren("Submitted: ", ...links.flatMap((one) => [one, " "]));
+  }
 }
 
 // --- a spec of one's own ---
-
-function element(tag, ...children) {
-  const made = document.createElement(tag);
-  made.append(...children);
-  return made;
-}
 
 function itemOf({ field, value, allowed }) {
   return element("li", element("code", field), ": got ", element("code", value), `; allowed: ${allowed}`);
