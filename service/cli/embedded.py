@@ -37,7 +37,8 @@ def service(home: Path, **settings: str) -> Iterator[str]:
     environment = {name: value for name, value in os.environ.items() if name != "DDPSWEEP_DATABASE_URL"}
     environment |= {"DDPSWEEP_HOME": str(home)} | settings
     home.mkdir(parents=True, exist_ok=True)
-    with (home / "serve.log").open("w") as log:
+    # Appended to: another of these may run over the same home.
+    with (home / "serve.log").open("a") as log, _sigterm_as_exit():
         process = subprocess.Popen(
             [sys.executable, "-m", "service.cli.main", "serve", "--port", "0"],
             env=environment,
@@ -46,11 +47,18 @@ def service(home: Path, **settings: str) -> Iterator[str]:
             text=True,
         )
         try:
-            with _sigterm_as_exit():
-                yield _url(process, home)
+            yield _url(process, home)
         finally:
-            process.terminate()
-            process.wait(STOP_S)
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextmanager
