@@ -189,7 +189,7 @@ def test_reproduce_on_a_server_of_its_own_goes_on_where_it_was_stopped(tmp_path:
             assert said
         stopped.terminate()
         assert stopped.wait(60) == 128 + signal.SIGTERM
-        assert not (tmp_path / "report").exists()
+        assert not (tmp_path / "report" / "report.html").exists()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "60/60 runs" in done.stdout
