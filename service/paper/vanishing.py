@@ -78,6 +78,11 @@ class Line:
         """Count the seeds that left the plateau."""
         return int((self.losses[:, -1] < ESCAPED * self.plateau).sum())
 
+    def back(self) -> int:
+        """Count the seeds that had left the plateau on the way and have not escaped at the end."""
+        left = (self.losses < ESCAPED * self.plateau).any(axis=1)
+        return int(left.sum()) - self.escaped()
+
     def diverged(self) -> int:
         """Count the seeds that have no loss at the end."""
         return int(np.isnan(self.losses[:, -1]).sum())
@@ -186,9 +191,10 @@ def _finding(spec: str, line: Line) -> str:
     end = line.final()
     lost = f", {line.diverged()} diverged" if line.diverged() else ""
     lost += f", {line.blown()} blew up" if line.blown() else ""
+    lost += f", {line.back()} had left the plateau before" if line.back() else ""
     verbs = {0: "does not escape", seeds: "escapes"}
     verb = verbs.get(line.escaped(), "escapes in part")
-    kept = "" if not lost else " of the others"
+    kept = " of the others" if line.diverged() or line.blown() else ""
     told = "" if end is None else f", training loss{kept} {end:.3g} at the end (plateau {line.plateau:.3g})"
     return f"{TITLES[spec]}: {line.label}: {verb}, {line.escaped()} of {seeds} seeds{lost}{told}."
 
@@ -203,12 +209,12 @@ def _table(name: str, by_sweep: dict[str, list[Line]]) -> Table:
             rows.append(
                 (
                     *(spec, line.name, line.learning_rate, line.setting, len(line.losses)),
-                    *(line.escaped(), line.diverged(), line.blown(), line.final(), *norms),
+                    *(line.escaped(), line.back(), line.diverged(), line.blown(), line.final(), *norms),
                 )
             )
     columns = (
         *("sweep", "method", "learning_rate", "setting", "seeds"),
-        *("escaped", "diverged", "blown", "final_train_loss"),
+        *("escaped", "left_before", "diverged", "blown", "final_train_loss"),
     )
     return Table(
         name,

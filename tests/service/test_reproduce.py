@@ -268,10 +268,10 @@ def test_a_curve_that_breaks_off_has_no_end() -> None:
     assert steps.tolist() == [0, 2, 4]
     np.testing.assert_array_equal(losses, [[10.0, 0.1, np.nan], [10.0, np.nan, np.nan]])
     line = Line("DDPNOpt", 0.1, (), steps, losses, None, 10.0)
-    assert (line.escaped(), line.diverged(), line.final()) == (0, 2, None)
-    ends = np.array([[10.0, 9.5, 8.9], [10.0, 9.5, 9.1], [10.0, 9.5, 1e6]])
+    assert (line.escaped(), line.back(), line.diverged(), line.final()) == (0, 1, 2, None)
+    ends = np.array([[10.0, 8.5, 8.9], [10.0, 9.5, 9.1], [10.0, 0.5, 1e6]])
     out = Line("DDPNOpt", 0.1, (), steps, ends, None, 10.0)
-    assert (out.escaped(), out.diverged(), out.blown(), out.final()) == (1, 0, 1, 9.0)
+    assert (out.escaped(), out.back(), out.diverged(), out.blown(), out.final()) == (1, 1, 0, 1, 9.0)
 
 
 def test_lines_say_in_what_those_of_one_name_differ() -> None:
