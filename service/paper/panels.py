@@ -87,8 +87,8 @@ def _findings(metric: str, panels: Sequence[Heatmap], compared: Sequence[PanelCo
         table = compared[0].table.replace("table", "Table ")
         said.append(
             f"{figures.TITLES[metric]}: the sign agrees with {table} in "
-            f"{agreeing} of {total} cells, of which {there} are positive in the paper; "
-            f"{sum(panel.contradicting for panel in compared)} are surely on the other side."
+            f"{agreeing} of {total} cells, of which {there} are positive in the paper; surely on the other "
+            f"side: {sum(panel.contradicting for panel in compared)}."
         )
         said += [
             f"{figures.BASELINES[panel.baseline]}, {figures.TITLES[metric]}: {panel.agreeing} of "

@@ -74,6 +74,7 @@ def _pages(sections: Sequence[Section], made: str) -> Iterator[Figure]:
             "",
             *part.notes,
             "",
+            *(f"{picture.name}.png: {picture.caption}" for picture in part.pictures),
             *(f"{table.name}.csv: {table.caption}" for table in part.tables),
         ]
         yield from _text_pages(part.title, lines)

@@ -115,7 +115,7 @@ def section(results: Results) -> Section:
                 name,
                 "Training loss, mean over the seeds; and the mean norm of each layer's update"
                 f"{CAPTIONS.get(name, '')}. A run escapes that ends below {ESCAPED:g} of the plateau's loss, "
-                f"and blew up if it ends above {BLOWN:g} of it.",
+                f"and blew up if it ends above {BLOWN:g} times it.",
                 _figure(by_sweep),
             ),
         ),
