@@ -24,7 +24,7 @@ BUILDERS: Final[Mapping[str, Callable[[Results], Section]]] = {
     "table4": costs.table4,
     "tables6-8": best_tuned.section,
     "fig5": policies.section,
-    "fig6": vanishing.section,
+    "fig6": vanishing.fig6,
     "fig8": spectra.section,
     "fig9": panels.section,
     "fig10": vanishing.section,

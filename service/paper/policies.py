@@ -27,7 +27,7 @@ def section(results: Results) -> Section:
         return Section(results.preset.name, results.preset.title, (NOTHING,), notes=results.notes())
     images = record["values"][-1]  # (T, classes, channels, height, width)
     accuracy = ended[record["run_id"]]["accuracy"]
-    table = tuple(_rows(images))
+    table = tuple(likeness(images))
     return Section(
         results.preset.name,
         results.preset.title,
@@ -58,7 +58,7 @@ def section(results: Results) -> Section:
     )
 
 
-def _rows(images: NDArray[np.float64]) -> list[tuple[Value, ...]]:
+def likeness(images: NDArray[np.float64]) -> list[tuple[Value, ...]]:
     """Return for each layer and class how its image lies to the differences between classes."""
     shown = images.reshape(*images.shape[:2], -1)
     rows: list[tuple[Value, ...]] = []

@@ -46,8 +46,9 @@ def run(client: Client, preset: Preset, follow: Follow, *, quick: bool = False) 
 def _submit(client: Client, document: dict[str, Any]) -> str:
     body = json.dumps(document).encode()
     sweep = client.submit(body, "application/json", idempotency_key=idempotency_key(document))
-    if sweep["state"] in ("failed", "cancelled"):
-        client.retry(sweep["id"])
-    elif sweep["state"] in ("paused", "pausing"):
+    # One that was there may have been stopped, or have failed packs.
+    if "resume" in sweep["actions"]:
         client.resume(sweep["id"])
+    if "retry" in sweep["actions"]:
+        client.retry(sweep["id"])
     return str(sweep["id"])

@@ -111,7 +111,7 @@ def _spectra(results: Results, sweep: dict[str, Any]) -> Spectra:
 
 
 def _finding(one: Spectra) -> str:
-    lost = f"; {one.diverged} runs diverged" if one.diverged else ""
+    lost = f"; DDPNOpt runs that diverged: {one.diverged}" if one.diverged else ""
     if not one.seeds:
         return f"{one.clusters} clusters, {LOSSES[one.loss]}: nothing to count{lost}."
     counts = one.nontrivial()

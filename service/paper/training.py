@@ -30,7 +30,7 @@ def section(results: Results) -> Section:
         if grid["baseline"] in CELLS
         for metric in METRICS
     }
-    findings = [finding for key, curves in shown.items() for finding in _findings(*key, curves)]
+    findings = [compared(*key, curves) for key, curves in shown.items()]
     table = Table(
         "fig4b",
         "mean and standard deviation over the seeds at each point",
@@ -52,7 +52,8 @@ def _curves(results: Results, sweep: dict[str, Any], position: int, baseline: st
     return {method: stacked(sweep["spec"], metric, own) for method, own in found.items()}
 
 
-def _findings(baseline: str, metric: str, curves: Curves) -> list[str]:
+def compared(baseline: str, metric: str, curves: Curves) -> str:
+    """Say how the runs that came to their end differ from one method to the other."""
     rate, reg = CELLS[baseline]
     ends = {method: values[np.isfinite(values[:, -1]), -1] for method, (_, values) in curves.items()}
     told = "; ".join(
@@ -62,11 +63,9 @@ def _findings(baseline: str, metric: str, curves: Curves) -> list[str]:
     )
     said = f"{figures.BASELINES[baseline]} at learning rate {rate:g}, ε {reg:g}, {figures.VALUES[metric]}"
     if any(len(end) < 2 for end in ends.values()):
-        return [f"{said} at the end: {told}: too few to compare the spread."]
+        return f"{said} at the end: {told}: too few to compare the spread."
     smaller = np.std(ends["ddpnopt"], ddof=1) < np.std(ends["baseline"], ddof=1)
-    return [
-        f"{said} at the end: {told}; the spread is {'smaller' if smaller else 'not smaller'} with DDPNOpt."
-    ]
+    return f"{said} at the end: {told}; the spread is {'smaller' if smaller else 'not smaller'} with DDPNOpt."
 
 
 def _summed_up(end: np.ndarray[Any, Any]) -> str:

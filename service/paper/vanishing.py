@@ -11,7 +11,7 @@ What the paper says of a method agrees at a learning rate if all seeds leave the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -40,10 +40,6 @@ TITLES: Final = {
 }
 SHOWN_IN_FIG6: Final = {"SGD-VGR": 0.1, "EKFAC": 0.01, "DDPNOpt": 0.01, "DDPNOpt2nd": 0.01}
 """The learning rates that Fig. 6 takes out of Fig. 12."""
-CAPTIONS: Final = {
-    "fig6": "; at learning rate 0.01, where the paper shows 0.03, since DDPNOpt2nd blows up at 0.03 here",
-}
-"""What is to be added for a preset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +95,20 @@ class Line:
 
 def section(results: Results) -> Section:
     """Build the section of a preset of such nets."""
+    return _section(results, lambda line: True)
+
+
+def fig6(results: Results) -> Section:
+    """Build the section of Fig. 6, which shows some lines of Fig. 12."""
+    return _section(results, lambda line: SHOWN_IN_FIG6.get(line.name) == line.learning_rate)
+
+
+def _section(results: Results, is_shown: Callable[[Line], bool]) -> Section:
     name = results.preset.name
-    by_sweep = {spec: told_apart(list(_lines(results, sweep))) for spec, sweep in results.sweeps.items()}
-    if name == "fig6":
-        by_sweep = {spec: [line for line in lines if _in_fig6(line)] for spec, lines in by_sweep.items()}
+    by_sweep = {
+        spec: list(filter(is_shown, told_apart(list(_lines(results, sweep)))))
+        for spec, sweep in results.sweeps.items()
+    }
     return Section(
         name,
         results.preset.title,
@@ -113,9 +119,9 @@ def section(results: Results) -> Section:
         (
             Picture(
                 name,
-                "Training loss, mean over the seeds; and the mean norm of each layer's update"
-                f"{CAPTIONS.get(name, '')}. A run escapes that ends below {ESCAPED:g} of the plateau's loss, "
-                f"and blew up if it ends above {BLOWN:g} times it.",
+                "Training loss, mean over the seeds; and the mean norm of each layer's update. A run escapes "
+                f"that ends below {ESCAPED:g} of the plateau's loss, and blew up if it ends above {BLOWN:g} "
+                "times it.",
                 _figure(by_sweep),
             ),
         ),
@@ -134,10 +140,6 @@ def told_apart(lines: Sequence[Line]) -> list[Line]:
         replace(line, setting=", ".join(" ".join(p) for p in line.settings if p not in common[line.name]))
         for line in lines
     ]
-
-
-def _in_fig6(line: Line) -> bool:
-    return SHOWN_IN_FIG6.get(line.name) == line.learning_rate
 
 
 def _lines(results: Results, sweep: dict[str, Any]) -> Iterator[Line]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from service.paper import compare, published
+from service.paper.published import PublishedGrid
 from service.results.statistics import Heatmap, Outcome, cells
 
 AXES = {
@@ -30,17 +31,21 @@ def panel(
     return Heatmap("id", "name", 0, baseline, metric, rates, regs, cells(rates, regs, outcomes, metric))
 
 
-def as_published(baseline: str, metric: str) -> dict[tuple[float, float | None], float | None]:
+def grid(baseline: str, metric: str) -> PublishedGrid:
     found = published.grid(baseline, metric)
     assert found is not None
+    return found
+
+
+def as_published(baseline: str, metric: str) -> dict[tuple[float, float | None], float | None]:
+    found = grid(baseline, metric)
     return {(rate, None): value for rate, value in found.alone.items()} | dict(found.ddpnopt)
 
 
 @pytest.mark.parametrize("baseline", AXES)
 @pytest.mark.parametrize("metric", ["train_loss", "accuracy"])
 def test_the_tables_are_whole(baseline: str, metric: str) -> None:
-    found = published.grid(baseline, metric)
-    assert found is not None
+    found = grid(baseline, metric)
     rates, regs = AXES[baseline]
     assert tuple(found.alone) == rates
     assert list(found.ddpnopt) == [(rate, reg) for rate in rates for reg in regs]
@@ -79,8 +84,7 @@ COLUMNS: dict[str, dict[str, tuple[float, ...]]] = {
 @pytest.mark.parametrize("metric", ["train_loss", "accuracy"])
 def test_rows_and_columns_have_the_sums_of_the_papers(baseline: str, metric: str) -> None:
     """A slip of the pen would show, also an exchange of digits or of two cells."""
-    found = published.grid(baseline, metric)
-    assert found is not None
+    found = grid(baseline, metric)
     rates, regs = AXES[baseline]
     rows = [found.alone[rate] + sum(found.ddpnopt[rate, reg] for reg in regs) for rate in rates]
     columns = [sum(found.alone.values()), *(sum(found.ddpnopt[r, reg] for r in rates) for reg in regs)]
@@ -110,14 +114,13 @@ def test_table_3_has_the_sums_of_the_papers() -> None:
 
 def test_the_paper_improves_in_47_and_46_of_48_cells() -> None:
     for metric, positive in (("train_loss", 47), ("accuracy", 46)):
-        grids = [published.grid(baseline, metric) for baseline in AXES]
-        gains = [g.improvement(*cell) for g in grids if g is not None for cell in g.ddpnopt]
+        grids = [grid(baseline, metric) for baseline in AXES]
+        gains = [g.improvement(*cell) for g in grids for cell in g.ddpnopt]
         assert (len(gains), sum(gain > 0 for gain in gains)) == (48, positive)
 
 
 def test_the_example_of_the_paper() -> None:
-    found = published.grid("sgd", "train_loss")
-    assert found is not None
+    found = grid("sgd", "train_loss")
     assert found.improvement(0.4, 5e-5) == pytest.approx(0.1974 - 0.1662)
 
 
@@ -146,8 +149,7 @@ def test_tables_3_and_6_to_8() -> None:
 @pytest.mark.parametrize("metric", ["train_loss", "accuracy"])
 def test_the_paper_agrees_with_itself(metric: str) -> None:
     for baseline in AXES:
-        reference = published.grid(baseline, metric)
-        assert reference is not None
+        reference = grid(baseline, metric)
         found = compare.panel(panel(baseline, metric, as_published(baseline, metric), seeds=1), reference)
         assert (found.agreeing, found.contradicting) == (16, 0)
         gains = [cell.ours for cell in found.cells if cell.ours is not None]
@@ -159,8 +161,7 @@ def test_the_paper_agrees_with_itself(metric: str) -> None:
 
 
 def test_a_panel_the_other_way_round() -> None:
-    reference = published.grid("sgd", "train_loss")
-    assert reference is not None
+    reference = grid("sgd", "train_loss")
     values: dict[Any, Any] = as_published("sgd", "train_loss")
     turned = {
         (rate, reg): value if reg is None else 2 * values[rate, None] - value
@@ -178,8 +179,7 @@ def test_a_panel_the_other_way_round() -> None:
 
 def test_a_cell_whose_survivors_look_worse_contradicts_nothing() -> None:
     """As its state: where more runs of the baseline diverged, those that are left are no fair sample."""
-    reference = published.grid("sgd", "train_loss")
-    assert reference is not None
+    reference = grid("sgd", "train_loss")
     rates, regs = AXES["sgd"]
 
     def end(reg: float | None, seed: int) -> float | None:
@@ -199,8 +199,7 @@ def test_a_cell_whose_survivors_look_worse_contradicts_nothing() -> None:
 
 
 def test_a_cell_that_diverged_does_not_agree() -> None:
-    reference = published.grid("sgd", "train_loss")
-    assert reference is not None
+    reference = grid("sgd", "train_loss")
     values = as_published("sgd", "train_loss") | {(0.8, reg): None for reg in AXES["sgd"][1]}
     found = compare.panel(panel("sgd", "train_loss", values), reference)
     assert found.agreeing == 12
@@ -210,8 +209,7 @@ def test_a_cell_that_diverged_does_not_agree() -> None:
 
 
 def test_no_rank_correlation_of_nothing() -> None:
-    reference = published.grid("sgd", "train_loss")
-    assert reference is not None
+    reference = grid("sgd", "train_loss")
     values: dict[tuple[float, float | None], float | None] = {
         key: (1.0 if key[1] is None else 0.5) for key in as_published("sgd", "train_loss")
     }

@@ -33,11 +33,13 @@ from service.paper import presets, report
 from service.paper.accuracies import Candidate, line, rank, ties
 from service.paper.build import BUILDERS, REMARKS, build, remarks
 from service.paper.costs import Cost, fitted
+from service.paper.policies import likeness
 from service.paper.presets import PRESETS, Preset
 from service.paper.results import Results, stacked
 from service.paper.run import run
 from service.paper.sections import Section, Table
 from service.paper.spectra import Spectra
+from service.paper.training import compared
 from service.paper.vanishing import Line, agreement, told_apart
 from service.results.statistics import SummaryRow
 from service.sweeps.documents import parse_spec, parse_yaml
@@ -183,6 +185,24 @@ LOST: dict[str, tuple[Callable[[RunConfig], bool], int]] = {
 """Which runs diverge, and from which point of the curves on."""
 
 
+def let_diverge(monkeypatch: pytest.MonkeyPatch, diverges: Callable[[RunConfig], bool], at: int) -> None:
+    """Let runs leave the finite numbers at a point of the curves."""
+    take = Trainer._take
+
+    def lose(self: Trainer, curves: Curves, measure: Callable[[Part], Tensor]) -> None:
+        def measured(part: Part) -> Tensor:
+            values = measure(part).clone()
+            if self.step >= at:
+                values[[row for row, place in enumerate(part.index) if diverges(self.runs[place])]] = (
+                    torch.nan
+                )
+            return values
+
+        take(self, curves, measured)
+
+    monkeypatch.setattr(Trainer, "_take", lose)
+
+
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     ("name", "lost"),
@@ -201,21 +221,7 @@ def test_the_report_of_runs_that_diverged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Divergence is a result: nothing may fail where runs have no end."""
-    take = Trainer._take
-    diverges, at = LOST[lost]
-
-    def lose(self: Trainer, curves: Curves, measure: Callable[[Part], Tensor]) -> None:
-        def measured(part: Part) -> Tensor:
-            values = measure(part).clone()
-            if self.step >= at:
-                values[[row for row, place in enumerate(part.index) if diverges(self.runs[place])]] = (
-                    torch.nan
-                )
-            return values
-
-        take(self, curves, measured)
-
-    monkeypatch.setattr(Trainer, "_take", lose)
+    let_diverge(monkeypatch, *LOST[lost])
     results = done(client, sqlite_engine, PRESETS[name])
     assert sum(sweep["progress"]["runs_diverged"] for sweep in results.sweeps.values()) > 0
     section = build(results)
@@ -242,6 +248,8 @@ def test_the_tables_hold_what_the_heatmaps_say(client: Client, sqlite_engine: En
     assert rows[0]["paper_baseline"] == 0.1974
     positive = sum((row["improvement"] or 0) > 0 for row in rows)
     assert section.findings[0].startswith(f"training loss: DDPNOpt is better in {positive} of 48 cells")
+    found = sum(row["q_value"] is not None and row["q_value"] < 0.05 for row in rows)
+    assert section.findings[0].endswith(f" {found} cells differ.")
 
 
 def spectra(*values: list[list[float]]) -> Spectra:
@@ -258,6 +266,54 @@ def test_the_criterion_of_fig8() -> None:
         assert not spectra(good, wrong).counts_match()
     shrinking = [good[0], [3.0, 1.0, 0.0], good[2]]
     assert not spectra(good, shrinking).grow()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_runs_that_diverged_are_left_out_of_the_spectra_and_counted(
+    client: Client, sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_diverge(monkeypatch, *LOST["every second"])
+    section = build(done(client, sqlite_engine, PRESETS["fig8"]))
+    assert all(finding.endswith("; DDPNOpt runs that diverged: 1.") for finding in section.findings)
+    (table,) = section.tables
+    assert {row[2] for row in table.rows} == {1}  # the other seed
+
+
+def test_the_spread_is_compared_where_two_runs_have_an_end() -> None:
+    steps = np.array([0, 5])
+
+    def said(baseline: list[float], ddpnopt: list[float]) -> str:
+        curves = {
+            name: (steps, np.array([[1.0, end] for end in ends]))
+            for name, ends in (("baseline", baseline), ("ddpnopt", ddpnopt))
+        }
+        finding = compared("sgd", "accuracy", curves)
+        return finding.removeprefix("SGD at learning rate 0.6, ε 0.001, test accuracy (%) at the end: ")
+
+    whole = "SGD 2 ± 1.4 (2 of 2 seeds); DDPNOpt 3 ± 0.71 (2 of 3 seeds); the spread is smaller with DDPNOpt."
+    assert said([1.0, 3.0], [2.5, 3.5, math.nan]) == whole
+    assert said([1.0, 3.0], [1.0, 4.0]).endswith("the spread is not smaller with DDPNOpt.")
+    few = "SGD 2 ± 1.4 (2 of 2 seeds); DDPNOpt 3 (1 of 2 seeds): too few to compare the spread."
+    assert said([1.0, 3.0], [3.0, math.nan]) == few
+    assert "DDPNOpt diverged (0 of 1 seeds): too few" in said([1.0, 3.0], [math.nan])
+
+
+def test_images_of_policies_are_like_differences_that_have_their_class() -> None:
+    digits = np.eye(3)  # a sample of each of three classes
+    layer = np.array([digits[0] - digits[2], digits[2] - digits[1], np.zeros(3)])
+    rows = list(likeness(np.stack([digits, layer])))
+    assert [(t, label, seen) for t, label, *_, seen in rows] == [(1, 0, "yes"), (1, 1, "yes"), (1, 2, "no")]
+    assert [row[2] for row in rows[:2]] == [2, 2]
+    assert [row[3:6] for row in rows[:2]] == [pytest.approx((1.0, 0.75, 0.5))] * 2
+    assert rows[2][3:6] == (0.0, 0.0, 0.0)
+
+
+def test_a_preset_of_other_numerics_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = presets.spec("fig9")
+    key = presets.idempotency_key(document)
+    assert presets.idempotency_key(dict(reversed(document.items()))) == key
+    monkeypatch.setattr(presets, "NUMERICS_VERSION", presets.NUMERICS_VERSION + 1)
+    assert presets.idempotency_key(document) != key
 
 
 def test_a_curve_that_breaks_off_has_no_end() -> None:
@@ -355,6 +411,14 @@ def test_a_sweep_whose_data_are_not_there_is_left_out_and_named(
     alone = build(replace(results, sweeps={}))
     assert alone.findings == section.findings[-1:]
     assert section.remarks
+    # One that is there and is damaged is another matter.
+    (tmp_path / "svhn").mkdir(exist_ok=True)
+    for file in ("train_32x32.mat", "test_32x32.mat"):
+        (tmp_path / "svhn" / file).write_bytes(b"damaged")
+    with pytest.raises(SetupError, match=r"\(table3-svhn-cnn\) failed: DataError: .*train_32x32.mat"):
+        done(client, sqlite_engine, preset)
+    for file in ("train_32x32.mat", "test_32x32.mat"):
+        (tmp_path / "svhn" / file).unlink()
     # The files may be there the next time: it is tried again.
     assert done(client, sqlite_engine, preset).missing == results.missing
     (sweep,) = [sweep for sweep in client.sweeps() if sweep["name"] == "table3-svhn-cnn"]

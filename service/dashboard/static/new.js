@@ -3,8 +3,6 @@
 
 const SWEEPS = "/api/v1/sweeps";
 const YAML = { "Content-Type": "application/yaml" };
-// A preset's sweep may be there already: what makes it go on, by its state.
-const GOES_ON_BY = { failed: "retry", cancelled: "retry", paused: "resume", pausing: "resume" };
 
 let busy = false;
 // Stays until the spec is changed, so that an answer that got lost does no harm.
@@ -43,10 +41,13 @@ async function alone(act) {
 
 // --- presets ---
 
+// A preset's sweep that is there already may have been stopped, or have failed packs: it goes on.
 async function submitted(headers, spec) {
-  const answer = await ask(SWEEPS, { headers, body: JSON.stringify(spec) });
-  const action = GOES_ON_BY[answer.body?.state];
-  return action ? ask(`${SWEEPS}/${answer.body.id}/${action}`) : answer;
+  let answer = await ask(SWEEPS, { headers, body: JSON.stringify(spec) });
+  for (const action of ["resume", "retry"]) {
+    if (answer.body?.actions.includes(action)) answer = await ask(`${SWEEPS}/${answer.body.id}/${action}`);
+  }
+  return answer;
 }
 
 async function submitPreset(button) {
