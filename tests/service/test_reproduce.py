@@ -252,6 +252,16 @@ def test_the_tables_hold_what_the_heatmaps_say(client: Client, sqlite_engine: En
     assert section.findings[0].endswith(f" {found} cells differ.")
 
 
+@pytest.mark.usefixtures("tiny")
+def test_fig6_shows_one_learning_rate_of_each_method_of_fig12(client: Client, sqlite_engine: Engine) -> None:
+    results = done(client, sqlite_engine, PRESETS["fig12"])
+    chosen, every = (
+        {row[1:3] for row in BUILDERS[name](results).tables[0].rows} for name in ("fig6", "fig12")
+    )
+    assert chosen == {("SGD-VGR", 0.1), ("EKFAC", 0.01), ("DDPNOpt", 0.01), ("DDPNOpt2nd", 0.01)}
+    assert chosen < every
+
+
 def spectra(*values: list[list[float]]) -> Spectra:
     """Of runs on 2 clusters, recorded at steps 0, 5 and 10."""
     return Spectra("mmc", 2, (0, 5, 10), np.array(values), tuple(range(len(values))))
