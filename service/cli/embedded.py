@@ -25,7 +25,8 @@ STOP_S: Final = 30
 def service(home: Path, **settings: str) -> Iterator[str]:
     """Run `ddpsweep serve` with some settings on a free port and yield its URL.
 
-    It ends with the block, also when this process gets SIGTERM, which else would leave it behind.
+    It ends with the block and with this process, however that ends: it reads from a pipe that is held open
+    here, as its own children do (`service.processes`). SIGTERM unwinds the block.
 
     Args:
         home: its folder, made if need be; its log is `serve.log` there.
@@ -38,18 +39,30 @@ def service(home: Path, **settings: str) -> Iterator[str]:
     environment |= {"DDPSWEEP_HOME": str(home)} | settings
     home.mkdir(parents=True, exist_ok=True)
     # Appended to: another of these may run over the same home.
-    with (home / "serve.log").open("a") as log, _sigterm_as_exit():
+    with (home / "serve.log").open("a") as log, _sigterm_as_exit(), _pipe() as lifeline:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli.main", "serve", "--port", "0"],
+            [sys.executable, "-m", "service.cli.main", "serve", "--port", "0", "--lifeline", str(lifeline)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            pass_fds=(lifeline,),
         )
         try:
             yield _url(process, home)
         finally:
             _end(process)
+
+
+@contextmanager
+def _pipe() -> Iterator[int]:
+    """Yield the end of a pipe that another process may read from, as long as this one lives."""
+    ends = os.pipe()
+    try:
+        yield ends[0]
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

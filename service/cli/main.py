@@ -103,6 +103,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = DEFAULT_PORT,
     role: Annotated[Literal["all", "api", "dispatcher"], typer.Option(help="What to run here.")] = "all",
+    lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Start the service: the API, the dispatcher and a private Ray, until Ctrl-C.
 
@@ -126,6 +127,8 @@ def serve(
     supervisor = processes.Supervisor(engine, bound)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
+    if lifeline is not None:
+        processes.follow_lifeline(lifeline)
     if role == "all":
         print(f"DDPSweep at {where} (home {settings.home}); Ctrl-C stops it", flush=True)
     supervisor.run()

@@ -159,7 +159,9 @@ def test_db_commands(tmp_path: Path) -> None:
     assert run("db", "check", DDPSWEEP_HOME=home).returncode == 0
 
 
-def test_a_service_of_ones_own_ends_with_whoever_is_terminated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_service_of_ones_own_ends_with_its_owner(number: signal.Signals, tmp_path: Path) -> None:
+    """However that ends: one left behind would take the packs of the next one over the same home."""
     script = (
         "import sys, time; from pathlib import Path; from service.cli.embedded import service\n"
         "with service(Path(sys.argv[1])) as url:\n    print(url, flush=True)\n    time.sleep(120)\n"
@@ -168,10 +170,11 @@ def test_a_service_of_ones_own_ends_with_whoever_is_terminated(tmp_path: Path) -
     assert owner.stdout is not None
     assert owner.stdout.readline().startswith("http://")
     (served,) = psutil.Process(owner.pid).children()
-    owner.terminate()
-    assert owner.wait(60) == 128 + signal.SIGTERM
-    psutil.wait_procs([served], timeout=30)
-    assert not served.is_running()
+    parts = [served, *served.children(recursive=True)]
+    owner.send_signal(number)
+    assert owner.wait(60) == {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGKILL: -signal.SIGKILL}[number]
+    _, left = psutil.wait_procs(parts, timeout=60)
+    assert left == []
 
 
 def test_reproduce_on_a_server_of_its_own_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
